@@ -1,0 +1,30 @@
+"""What vLLM's kernels need of the interpreter, applied in every vLLM process through `vllm.general_plugins`."""
+
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+import triton.language as tl
+
+
+def _as_bool(mask: TensorHandle) -> TensorHandle:
+    return mask if mask.data.dtype == bool else TensorHandle(mask.data.astype(bool), tl.int1)
+
+
+def register() -> None:
+    """Let masks be of any integer type, as compiled Triton does. Idempotent.
+
+    Cause: the interpreter stops at a masked load or store whose mask is not boolean ("mask has unsupported dtype");
+    vLLM's `gumbel_sample` has one. Remove when Triton's interpreter casts masks itself.
+    """
+    if getattr(InterpreterBuilder, "_masks_are_cast", False):
+        return
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def create_masked_load(self, ptrs, mask, other, cache_policy, is_volatile):
+        return load(self, ptrs, _as_bool(mask), other, cache_policy, is_volatile)
+
+    def create_masked_store(self, ptrs, value, mask, cache_policy):
+        return store(self, ptrs, value, _as_bool(mask), cache_policy)
+
+    InterpreterBuilder.create_masked_load = create_masked_load
+    InterpreterBuilder.create_masked_store = create_masked_store
+    InterpreterBuilder._masks_are_cast = True
