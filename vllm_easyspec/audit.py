@@ -1,0 +1,72 @@
+"""The audit: do the drafter's pages hold what a precise pass over the requests' tokens would have put there?"""
+
+from dataclasses import dataclass
+
+import torch
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+from vllm_easyspec.drafter.paged_kv import DensePass, DrafterAttention, PagedKV
+from vllm_easyspec.speculator import EasySpecSpeculator
+
+
+@dataclass(frozen=True)
+class AuditedRequest:
+    request_id: str
+    tokens: int  # positions compared, from 0
+    largest_difference: float  # over this rank's layers and all positions; 0.0 where the rank holds no layer
+
+
+@torch.inference_mode()
+def audit(runner: GPUModelRunner, speculator: EasySpecSpeculator) -> list[AuditedRequest]:
+    """Recompute the precise K/V of every live request and compare this rank's pages with it.
+
+    All ranks must call it together, between engine steps: the precise pass has collectives. Each request's whole
+    sequence goes through at once, with quadratic attention: a tool for tests and for doubt, not for every minute.
+    """
+    states = runner.req_states
+    return [
+        _audit_request(request_id, row, runner, speculator)
+        for request_id, row in sorted(states.req_id_to_index.items())
+        if _calibrated_tokens(row, runner, speculator) > 0
+    ]
+
+
+def _calibrated_tokens(row: int, runner: GPUModelRunner, speculator: EasySpecSpeculator) -> int:
+    """Positions that calibration promises: what the target has computed, and the newest token if there is one."""
+    computed = int(runner.req_states.num_computed_tokens.gpu[row])
+    has_newest = computed >= int(runner.req_states.prefill_len.np[row])
+    return min(computed + has_newest, speculator.max_draft_len) if computed else 0
+
+
+def _audit_request(
+    request_id: str, row: int, runner: GPUModelRunner, speculator: EasySpecSpeculator
+) -> AuditedRequest:
+    model, pages = speculator.model, speculator.pages
+    tokens = _calibrated_tokens(row, runner, speculator)
+    ids = runner.req_states.all_token_ids.gpu[row, :tokens].to(speculator.device).long()
+    oracle = DensePass(tokens, model.shape.sliding_window, speculator.device)
+    model(ids.clamp(max=model.shape.vocab_size - 1), speculator.precise, "attention", oracle)
+    blocks = -(-tokens // pages.block_size)
+    table = runner.block_tables.block_tables[speculator.cache_group].gpu[row, :blocks].long()
+    differences = [
+        _page_difference(layer, pages, table, *oracle.seen[index]) for index, layer in enumerate(pages.layers)
+    ]
+    return AuditedRequest(request_id, tokens, max(differences, default=0.0))
+
+
+def _page_difference(
+    layer: DrafterAttention, pages: PagedKV, blocks: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> float:
+    """Write k and v over a copy of the request's pages, in the backend's own form; how far does that change them?
+
+    blocks: `[blocks] int64`; k, v: `[tokens, kv_heads, head_dim]`.
+    """
+    cache = layer.kv_cache
+    pages_a_block = cache.shape[0] // pages.num_blocks
+    page_ids = (blocks.unsqueeze(1) * pages_a_block + torch.arange(pages_a_block, device=blocks.device)).view(-1)
+    present = cache[page_ids]
+    rewritten = torch.empty_strided((len(page_ids), *cache.shape[1:]), cache.stride(), dtype=cache.dtype, device=cache.device)
+    rewritten.copy_(present)
+    slots = torch.arange(k.shape[0], device=blocks.device)
+    layer.impl.do_kv_cache_update(layer, k, v, rewritten, slots)
+    return (rewritten.float() - present.float()).abs().max().item()

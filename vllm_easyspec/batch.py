@@ -1,0 +1,64 @@
+"""`DraftBatch`: everything that a round of drafting needs from vLLM, adapted once, frozen."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from vllm.v1.worker.gpu.input_batch import InputBatch
+
+
+@dataclass(frozen=True)
+class DraftBatch:
+    """One engine step after the target's forward pass and sampling.
+
+    A request is *prefilling* while the target works through tokens that it was given (its prompt, and after a
+    preemption also its own earlier output); otherwise it is *decoding*: its step held the token sampled last round,
+    followed by drafts, and the drafter has precise K/V for the former already.
+    """
+
+    num_reqs: int
+    num_drafts: int  # K of this round, 0 included
+    idx_mapping: torch.Tensor  # [reqs] int64: the request's row in vLLM's request state; -1 in a dummy batch
+    input_ids: torch.Tensor  # [tokens] int32: what the target just read, rejected drafts included
+    query_starts: torch.Tensor  # [reqs] int64: a request's first token in input_ids
+    start_positions: torch.Tensor  # [reqs] int64: and its position
+    num_valid: torch.Tensor  # [reqs] int64: leading tokens of the request that stand (all but rejected drafts)
+    sampled: torch.Tensor  # [reqs] bool: the target sampled a token (not so in the middle of a chunked prompt)
+    newest: torch.Tensor  # [reqs] int64: that token
+    block_table: torch.Tensor  # [reqs, width] int32
+    query_lens: np.ndarray  # [reqs] int32, host: tokens that the target read
+    prefilling: np.ndarray  # [reqs] bool, host
+    seq_lens_bound: np.ndarray  # [reqs] int32, host: upper bound on the target's sequence lengths before this round's drafts
+    dummy: bool  # warm-up: rows own no pages
+
+    @classmethod
+    def from_vllm(
+        cls,
+        batch: InputBatch,
+        num_rejected: torch.Tensor,
+        num_sampled: torch.Tensor,
+        last_sampled: torch.Tensor,
+        block_table: torch.Tensor,
+        num_drafts: int,
+        dummy: bool,
+    ) -> "DraftBatch":
+        """num_rejected, num_sampled: `[reqs]`; last_sampled: `[max_reqs, 1]` by request state row."""
+        reqs = batch.num_reqs
+        starts = batch.query_start_loc[: reqs + 1].long()
+        idx_mapping = batch.idx_mapping[:reqs]
+        return cls(
+            num_reqs=reqs,
+            num_drafts=num_drafts,
+            idx_mapping=torch.full_like(idx_mapping, -1) if dummy else idx_mapping,
+            input_ids=batch.input_ids,
+            query_starts=starts[:-1],
+            start_positions=batch.positions[starts[:-1]],
+            num_valid=starts.diff() - num_rejected[:reqs].long(),
+            sampled=num_sampled[:reqs] > 0,
+            newest=last_sampled.view(-1)[idx_mapping].long(),
+            block_table=block_table,
+            query_lens=np.diff(batch.query_start_loc_np[: reqs + 1]),
+            prefilling=batch.is_prefilling_np[:reqs],
+            seq_lens_bound=batch.seq_lens_cpu_upper_bound.numpy()[:reqs],
+            dummy=dummy,
+        )

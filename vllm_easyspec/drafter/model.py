@@ -1,0 +1,207 @@
+"""`LayerParallelDrafter`: the drafter's forward pass under any plan, both scopes, on any number of ranks.
+
+Every rank holds whole attentions of its own layers (`LayerPlacement`), stacked, so that a group's share of a rank is a
+slice; the MLPs of all layers, sharded or replicated; and a shard of the embedding and the LM head. Hidden states are
+the same bits on every rank: whatever differs between ranks passes through a collective whose result all ranks take.
+"""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+from vllm_easyspec.config import RuntimeOptions
+from vllm_easyspec.drafter.architectures import DrafterShape
+from vllm_easyspec.drafter.paged_kv import DrafterAttention
+from vllm_easyspec.drafter.placement import LayerPlacement, MlpPlacement, choose_mlp
+from vllm_easyspec.drafter.plan import LayerPlan, Scope
+from vllm_easyspec.drafter.weights import load_drafter_weights
+from vllm_easyspec.metrics import PassCounters
+from vllm_easyspec.ops import group_rms_norm, silu_and_mul
+
+
+class Attend(Protocol):
+    """One pass's attention over the K/V of this rank's layers."""
+
+    def positions_for(self, num_layers: int) -> torch.Tensor:
+        """Positions `[num_layers * tokens] int64` of the pass's tokens, repeated for each layer."""
+        ...
+
+    def attend(self, layers: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Store k and v, attend with q. All are `[layers * tokens, heads, head_dim]`, layer by layer; so is the result."""
+        ...
+
+
+class LayerParallelDrafter(nn.Module):
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        shape = DrafterShape.from_hf_config(config)
+        options = RuntimeOptions.from_vllm(vllm_config)
+        self.shape = shape
+        self.rank, self.num_ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        self.placement = LayerPlacement(shape.num_layers, self.num_ranks)
+        self.local_layers = self.placement.layers_of(self.rank)
+        self.dtype = vllm_config.model_config.dtype
+        self.mlp = choose_mlp(
+            options.layer_parallel.mlp, shape, self.num_ranks, self.dtype.itemsize, vllm_config.device_config.device_type
+        )
+        self.counters = PassCounters()
+
+        self.embed_tokens = VocabParallelEmbedding(
+            shape.vocab_size, shape.hidden_size, prefix=f"{prefix}.embed_tokens"
+        )
+        self.lm_head = ParallelLMHead(shape.vocab_size, shape.hidden_size, prefix=f"{prefix}.lm_head")
+        if shape.tied_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.embed_tokens)
+        self.logits_processor = LogitsProcessor(shape.vocab_size)
+        self.rotary = get_rope(
+            shape.head_dim,
+            max_position=max(shape.max_position_embeddings, vllm_config.model_config.max_model_len),
+            rope_parameters=shape.rope_parameters,
+        )
+        self.attention = nn.ModuleList(
+            DrafterAttention(
+                shape.num_heads,
+                shape.head_dim,
+                shape.head_dim**-0.5,
+                num_kv_heads=shape.num_kv_heads,
+                cache_config=vllm_config.cache_config,
+                per_layer_sliding_window=shape.sliding_window,
+                prefix=f"{prefix}.layers.{layer}.attn",
+            )
+            for layer in self.local_layers
+        )
+        self._create_weights()
+
+    def _create_weights(self) -> None:
+        """Stacked weights; matrices are stored input-major (`x @ w`)."""
+        shape, local, all_layers = self.shape, len(self.local_layers), self.shape.num_layers
+        hidden, qkv = shape.hidden_size, shape.q_size + 2 * shape.kv_size
+        self.mlp_shard = self.mlp.shard(shape.intermediate_size, self.rank, self.num_ranks)
+        width = len(self.mlp_shard)
+
+        def weight(*sizes: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*sizes, dtype=self.dtype), requires_grad=False)
+
+        self.attention_norms = weight(local, hidden)
+        self.wqkv = weight(local, hidden, qkv)
+        self.wo = weight(local, shape.q_size, hidden)
+        self.bqkv = weight(local, qkv) if shape.qkv_bias else None
+        self.bo = weight(local, hidden) if shape.o_bias else None
+        self.q_norms = weight(local, shape.head_dim) if shape.qk_norm else None
+        self.k_norms = weight(local, shape.head_dim) if shape.qk_norm else None
+        self.mlp_norms = weight(all_layers, hidden)
+        self.w_gate_up = weight(all_layers, hidden, 2 * width)
+        self.w_down = weight(all_layers, width, hidden)
+        self.b_gate_up = weight(all_layers, 2 * width) if shape.mlp_bias else None
+        self.b_down = weight(all_layers, hidden) if shape.mlp_bias else None
+        self.final_norm = weight(hidden)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return load_drafter_weights(self, weights)
+
+    def forward(
+        self, input_ids: torch.Tensor, plan: LayerPlan, scope: Scope, attention: Attend
+    ) -> torch.Tensor:
+        """Final hidden states `[tokens, hidden]` of `input_ids` (`[tokens]`), its K/V stored by `attention`.
+
+        The precise pass is the plan of groups of one; both scopes are then the ordinary forward pass.
+        """
+        self.counters.passes += 1
+        x = self.embed_tokens(input_ids)
+        for group in plan.groups:
+            outputs = self._attention_outputs(x, group, attention)
+            if scope == "attention" or len(group) == 1:
+                for layer, output in zip(group, outputs, strict=True):
+                    x = x + output
+                    x = x + self._mlps(x.unsqueeze(0), range(layer, layer + 1))
+            else:
+                # Each MLP reads its own prefix: the group's input and the attentions up to its own.
+                prefixes = torch.cat([x.unsqueeze(0), outputs]).cumsum(0)[1:]
+                x = prefixes[-1] + self._mlps(prefixes, group)
+        return F.rms_norm(x, x.shape[-1:], self.final_norm, self.shape.rms_norm_eps)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[rows, hidden]` to `[rows, vocab]`, gathered on every rank."""
+        return self.logits_processor(self.lm_head, hidden)
+
+    def get_top_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The arg-max over the vocabulary, two numbers a rank in place of the logits: `[rows, hidden]` to `[rows]`."""
+        return self.logits_processor.get_top_tokens(self.lm_head, hidden)
+
+    def _attention_outputs(self, x: torch.Tensor, group: range, attention: Attend) -> torch.Tensor:
+        """All attentions of a group on one input: `[tokens, hidden]` to `[group, tokens, hidden]`, on every rank."""
+        mine = self.placement.local_slice(self.rank, group)
+        count, tokens = mine.stop - mine.start, x.shape[0]
+        if count == 0:
+            outputs = x.new_zeros(len(group), tokens, x.shape[1])
+            return self._all_reduce_attention(outputs)
+        qkv = torch.matmul(group_rms_norm(x, self.attention_norms[mine], self.shape.rms_norm_eps), self.wqkv[mine])
+        if self.bqkv is not None:
+            qkv += self.bqkv[mine].unsqueeze(1)
+        q, k, v = self._rotated_qkv(qkv, mine, attention.positions_for(count))
+        mixed = attention.attend(mine, q, k, v).view(count, tokens, self.shape.q_size)
+        self.counters.cache_writes += 1
+        self.counters.attention_calls += 1
+        local = torch.matmul(mixed, self.wo[mine])
+        if self.bo is not None:
+            local += self.bo[mine].unsqueeze(1)
+        if self.num_ranks == 1:
+            return local
+        outputs = local.new_zeros(len(group), tokens, x.shape[1])
+        first = self.local_layers[mine.start] - group.start
+        outputs[first :: self.num_ranks] = local
+        return self._all_reduce_attention(outputs)
+
+    def _rotated_qkv(
+        self, qkv: torch.Tensor, mine: slice, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """qkv `[layers, tokens, q + 2 kv]` to q, k, v, each `[layers * tokens, heads, head_dim]`."""
+        shape = self.shape
+        q, k, v = qkv.flatten(0, 1).split([shape.q_size, shape.kv_size, shape.kv_size], dim=-1)
+        if self.q_norms is not None and self.k_norms is not None:
+            q, k = self._head_norm(q, self.q_norms[mine]), self._head_norm(k, self.k_norms[mine])
+        q, k = self.rotary(positions, q, k)
+        return tuple(t.unflatten(-1, (-1, shape.head_dim)) for t in (q, k, v))  # type: ignore[return-value]
+
+    def _head_norm(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Qwen3's norm of each head: x `[layers * tokens, heads * head_dim]`, weights `[layers, head_dim]`."""
+        heads = x.unflatten(-1, (-1, self.shape.head_dim)).unflatten(0, (weights.shape[0], -1))
+        normed = F.rms_norm(heads, heads.shape[-1:], None, self.shape.rms_norm_eps) * weights[:, None, None]
+        return normed.flatten(2).flatten(0, 1)
+
+    def _mlps(self, inputs: torch.Tensor, layers: range) -> torch.Tensor:
+        """The sum of the layers' MLPs, each on its own input: `[layers, tokens, hidden]` to `[tokens, hidden]`."""
+        own = slice(layers.start, layers.stop)
+        normed = group_rms_norm(inputs, self.mlp_norms[own], self.shape.rms_norm_eps)
+        gate_up = torch.matmul(normed, self.w_gate_up[own])
+        if self.b_gate_up is not None:
+            gate_up += self.b_gate_up[own].unsqueeze(1)
+        # The down projections and their sum are one product: the layers' widths lie side by side.
+        wide = silu_and_mul(gate_up).transpose(0, 1).flatten(1)
+        total = wide @ self.w_down[own].flatten(0, 1)
+        if self.num_ranks > 1 and self.mlp is MlpPlacement.TENSOR:
+            self.counters.mlp_collectives += 1
+            total = tensor_model_parallel_all_reduce(total)
+        return total if self.b_down is None else total + self.b_down[own].sum(0)
+
+    def _all_reduce_attention(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Every rank fills the rows of its own layers; adding zeros is exact, so all ranks get the owners' bits."""
+        self.counters.attention_collectives += 1
+        return tensor_model_parallel_all_reduce(outputs)
+
+    def weight_bytes(self) -> int:
+        """Bytes of weights on this rank."""
+        return sum(p.numel() * p.element_size() for p in self.parameters())

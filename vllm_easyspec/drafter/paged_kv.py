@@ -1,0 +1,215 @@
+"""The drafter's pages on this rank: who owns them, and how a group's layers become one batch of sequences.
+
+Ownership. vLLM's K/V cache manager hands out blocks; target and drafter share one block table, so block `b` of a request
+means page `b` of every layer, the target's and the drafter's. A rank holds pages only for the layers that live on it.
+What is in a drafter page: precise K/V for every position below a request's newest token (inclusive) once a round's
+calibration has run, and fuzzy K/V for at most K-1 positions above it, which the next calibration overwrites or which no
+one reads. A page that vLLM shares through prefix caching holds only positions that calibration has passed.
+
+The virtual batch. vLLM lays the pages of layers with one spec out one layer after another, with one stride. So the
+pages of a rank's layers `s .. s+G-1` are one row of `G * num_blocks` pages that starts at layer `s`, and `G` layers over
+`B` requests are `G * B` sequences of one paged-attention call: block tables shifted by `num_blocks` a layer, cache slots
+by `num_blocks * block_size`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.worker.utils import AttentionGroup
+
+from vllm_easyspec.ops import shift_block_table, shift_slots
+
+
+class DrafterAttention(Attention):
+    """Registers the pages of one drafter layer with vLLM and holds the backend's implementation."""
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        """Full attention, also for a drafter with a sliding window: its pages then follow the target's block table."""
+        return FullAttentionSpec(
+            block_size=vllm_config.cache_config.block_size,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            head_size_v=self.head_size_v,
+            dtype=self.kv_cache_torch_dtype,
+        )
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The tokens of one pass as paged-attention sequences, before any layer is thought of.
+
+    positions: `[tokens] int64`; slots: `[tokens] int64`, -1 where nothing is written; query_start_loc: `[reqs + 1] int32`
+    (and on the host); seq_lens: `[reqs] int32`, keys that the last query of a request sees; seq_lens_bound: the same on
+    the host, an upper bound; block_table: `[reqs, width] int32`; max_query_len, max_seq_len: host upper bounds.
+    """
+
+    positions: torch.Tensor
+    slots: torch.Tensor
+    query_start_loc: torch.Tensor
+    query_start_loc_cpu: torch.Tensor
+    seq_lens: torch.Tensor
+    seq_lens_bound: torch.Tensor
+    block_table: torch.Tensor
+    max_query_len: int
+    max_seq_len: int
+
+
+@dataclass(frozen=True)
+class VirtualBatch:
+    """`Sequences` repeated for `G` layers: what the backend takes in one call."""
+
+    metadata: Any
+    slots: torch.Tensor  # [G * tokens] int64
+    positions: torch.Tensor  # [G * tokens] int64
+
+
+class PagedKV:
+    """Joint views over the pages of this rank's drafter layers. Rebuilt whenever vLLM binds other pages."""
+
+    def __init__(self, layers: Sequence[DrafterAttention], group: AttentionGroup | None, num_blocks: int, block_size: int):
+        """layers: this rank's, in the model's order; group: their vLLM attention group, None where the rank has none.
+
+        Raises ValueError where the pages are not laid out one layer after another.
+        """
+        self.layers = layers
+        self.group = group
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.first_page = layers[0].kv_cache.data_ptr() if layers else 0
+        if layers:
+            self._check_layout()
+
+    def _check_layout(self) -> None:
+        first = self.layers[0].kv_cache
+        pages = first.shape[0]
+        layer_bytes = pages * first.stride(0) * first.element_size()
+        if pages % self.num_blocks:
+            raise ValueError(f"a drafter layer has {pages} pages, no multiple of the {self.num_blocks} cache blocks")
+        for index, layer in enumerate(self.layers):
+            cache = layer.kv_cache
+            if cache.shape != first.shape or cache.data_ptr() != first.data_ptr() + index * layer_bytes:
+                raise ValueError(
+                    "the drafter's K/V pages are not laid out one layer after another, as easyspec needs: "
+                    f"layer {layer.layer_name} has shape {tuple(cache.shape)}, strides {cache.stride()}. Choose a "
+                    "layer-compact K/V cache layout (unset VLLM_KV_CACHE_LAYOUT, no K/V connector)"
+                )
+
+    def is_current(self) -> bool:
+        """Whether the pages are still those that vLLM has bound."""
+        return not self.layers or self.layers[0].kv_cache.data_ptr() == self.first_page
+
+    def pages(self, layers: slice) -> torch.Tensor:
+        """The pages of consecutive layers as one cache: `[layers * pages, ...]`, each page in the backend's own form."""
+        first = self.layers[layers.start].kv_cache
+        count = layers.stop - layers.start
+        return torch.as_strided(first, (count * first.shape[0], *first.shape[1:]), first.stride(), first.storage_offset())
+
+    def virtual(self, sequences: Sequences, num_layers: int) -> VirtualBatch:
+        """The batch of `num_layers` layers; it serves any group of that many, since views start at their first layer."""
+        assert self.group is not None
+        tokens = sequences.positions.shape[0]
+        reqs = sequences.seq_lens.shape[0]
+        slots = shift_slots(sequences.slots, num_layers, self.num_blocks * self.block_size)
+        positions = sequences.positions.repeat(num_layers)
+        seq_lens_bound = sequences.seq_lens_bound.repeat(num_layers)
+        metadata = self.group.build_metadata(
+            CommonAttentionMetadata(
+                query_start_loc=_repeat_starts(sequences.query_start_loc, num_layers, tokens),
+                query_start_loc_cpu=_repeat_starts(sequences.query_start_loc_cpu, num_layers, tokens),
+                seq_lens=sequences.seq_lens.repeat(num_layers),
+                seq_lens_cpu_upper_bound=seq_lens_bound,
+                num_reqs=num_layers * reqs,
+                num_actual_tokens=num_layers * tokens,
+                max_query_len=sequences.max_query_len,
+                max_seq_len=sequences.max_seq_len,
+                block_table_tensor=shift_block_table(sequences.block_table, num_layers, self.num_blocks),
+                slot_mapping=slots,
+                positions=positions,
+                is_prefilling=torch.zeros(num_layers * reqs, dtype=torch.bool),
+            )
+        )
+        return VirtualBatch(metadata, slots, positions)
+
+
+def _repeat_starts(starts: torch.Tensor, num_layers: int, tokens: int) -> torch.Tensor:
+    """`[reqs + 1]` to `[num_layers * reqs + 1]`: each layer's sequences follow the last layer's tokens."""
+    if num_layers == 1:
+        return starts
+    shifts = torch.arange(num_layers, dtype=starts.dtype, device=starts.device).unsqueeze(1) * tokens
+    return torch.cat([(starts[:-1] + shifts).view(-1), starts[-1:] + (num_layers - 1) * tokens])
+
+
+@dataclass
+class PagedPass:
+    """One pass over the drafter's pages. Implements `drafter.model.Attend`."""
+
+    pages: PagedKV
+    sequences: Sequences
+    batches: dict[int, VirtualBatch] = field(default_factory=dict)
+
+    def _batch(self, num_layers: int) -> VirtualBatch:
+        if num_layers not in self.batches:
+            self.batches[num_layers] = self.pages.virtual(self.sequences, num_layers)
+        return self.batches[num_layers]
+
+    def positions_for(self, num_layers: int) -> torch.Tensor:
+        return self._batch(num_layers).positions
+
+    def attend(self, layers: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        batch = self._batch(layers.stop - layers.start)
+        layer = self.pages.layers[layers.start]
+        cache = self.pages.pages(layers)
+        if not layer.attn_backend.forward_includes_kv_cache_update:
+            layer.impl.do_kv_cache_update(layer, k, v, cache, batch.slots)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        layer.impl.forward(layer, q, k, v, cache, batch.metadata, output=out)
+        return out
+
+
+@dataclass
+class UnpagedPass:
+    """A pass without pages, for vLLM's memory profiling: attention is the identity on q. Implements `Attend`."""
+
+    positions: torch.Tensor
+
+    def positions_for(self, num_layers: int) -> torch.Tensor:
+        return self.positions.repeat(num_layers)
+
+    def attend(self, layers: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return q.contiguous()
+
+
+class DensePass:
+    """Precise attention over one whole sequence, without pages; keeps the K/V it saw. Implements `Attend`.
+
+    The audit's oracle: it shares the drafter's weights with the drafting passes, and nothing of their paging.
+    """
+
+    def __init__(self, num_tokens: int, sliding_window: int | None, device: torch.device):
+        self.positions = torch.arange(num_tokens, device=device)
+        self.sliding_window = sliding_window
+        self.seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @cached_property
+    def _mask(self) -> torch.Tensor:
+        distance = self.positions.unsqueeze(1) - self.positions
+        visible = distance >= 0
+        return visible if self.sliding_window is None else visible & (distance < self.sliding_window)
+
+    def positions_for(self, num_layers: int) -> torch.Tensor:
+        assert num_layers == 1, "the audit runs the precise plan"
+        return self.positions
+
+    def attend(self, layers: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        self.seen[layers.start] = (k.clone(), v.clone())
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attn_mask=self._mask, enable_gqa=True
+        )
+        return out.transpose(0, 1)

@@ -1,0 +1,111 @@
+"""Fills a rank's stacked weights from a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from vllm_easyspec.drafter.model import LayerParallelDrafter
+
+Place = Callable[[torch.Tensor], object]
+# Buffers that old checkpoints carry and nothing needs.
+_IGNORED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+
+
+def load_drafter_weights(model: LayerParallelDrafter, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+    """Copy each checkpoint tensor, or this rank's part of it, to its place.
+
+    Returns the names of the parameters filled. Raises ValueError for a tensor without a place, or one that is missing.
+    """
+    places = dict(_places(model))
+    missing = set(places)
+    family = model.shape.architecture
+    for full_name, tensor in weights:
+        name = full_name.removeprefix("model.")
+        if name in places:
+            places[name](tensor)
+            missing.discard(name)
+        elif not name.endswith(_IGNORED) and not (name == "lm_head.weight" and model.shape.tied_embeddings):
+            raise ValueError(f"the drafter's checkpoint holds {full_name!r}, which a {family} doesn't have")
+    if missing:
+        raise ValueError(
+            f"the drafter's checkpoint lacks {len(missing)} tensors of a {family}, among them {sorted(missing)[:3]}. "
+            "Check that all of its files are there"
+        )
+    return {name for name, _ in model.named_parameters()}
+
+
+def _places(model: LayerParallelDrafter) -> Iterator[tuple[str, Place]]:
+    """Every tensor that the checkpoint must hold, and what to do with it on this rank."""
+    embedding, head = model.embed_tokens.weight, model.lm_head.weight
+    yield "embed_tokens.weight", partial(embedding.weight_loader, embedding)
+    if not model.shape.tied_embeddings:
+        yield "lm_head.weight", partial(head.weight_loader, head)
+    yield "norm.weight", model.final_norm.copy_
+    for layer in range(model.shape.num_layers):
+        for name, place in _attention_places(model, layer):
+            yield f"layers.{layer}.{name}", place
+        for name, place in _mlp_places(model, layer):
+            yield f"layers.{layer}.{name}", place
+
+
+def _attention_places(model: LayerParallelDrafter, layer: int) -> Iterator[tuple[str, Place]]:
+    """A layer's attention: whole on its owner, passed over on the other ranks."""
+    shape = model.shape
+    q_end, k_end = shape.q_size, shape.q_size + shape.kv_size
+    columns = {"q": slice(0, q_end), "k": slice(q_end, k_end), "v": slice(k_end, None)}
+    local = layer // model.num_ranks
+    mine = layer in model.local_layers
+
+    def place(stacked: torch.Tensor, *index: slice) -> Place:
+        return stacked[local][index].copy_ if mine else _pass_over
+
+    def transposed(stacked: torch.Tensor, *index: slice) -> Place:
+        return partial(_copy_transposed, stacked[local][index]) if mine else _pass_over
+
+    yield "input_layernorm.weight", place(model.attention_norms)
+    for p in "qkv":
+        yield f"self_attn.{p}_proj.weight", transposed(model.wqkv, slice(None), columns[p])
+        if model.bqkv is not None:
+            yield f"self_attn.{p}_proj.bias", place(model.bqkv, columns[p])
+    yield "self_attn.o_proj.weight", transposed(model.wo)
+    if model.bo is not None:
+        yield "self_attn.o_proj.bias", place(model.bo)
+    if model.q_norms is not None and model.k_norms is not None:
+        yield "self_attn.q_norm.weight", place(model.q_norms)
+        yield "self_attn.k_norm.weight", place(model.k_norms)
+
+
+def _mlp_places(model: LayerParallelDrafter, layer: int) -> Iterator[tuple[str, Place]]:
+    """A layer's MLP: this rank's part of the intermediate width, gates first."""
+    width = len(model.mlp_shard)
+    shard = slice(model.mlp_shard.start, model.mlp_shard.stop)
+    yield "post_attention_layernorm.weight", model.mlp_norms[layer].copy_
+    for p, columns in (("gate", slice(0, width)), ("up", slice(width, None))):
+        yield f"mlp.{p}_proj.weight", partial(_copy_transposed, model.w_gate_up[layer][:, columns], rows=shard)
+        if model.b_gate_up is not None:
+            yield f"mlp.{p}_proj.bias", partial(_copy_rows, model.b_gate_up[layer][columns], rows=shard)
+    yield "mlp.down_proj.weight", partial(_copy_columns, model.w_down[layer], columns=shard)
+    if model.b_down is not None:
+        yield "mlp.down_proj.bias", model.b_down[layer].copy_
+
+
+def _pass_over(tensor: torch.Tensor) -> None:
+    """Another rank holds this tensor."""
+
+
+def _copy_rows(destination: torch.Tensor, tensor: torch.Tensor, rows: slice) -> None:
+    destination.copy_(tensor[rows])
+
+
+def _copy_columns(destination: torch.Tensor, tensor: torch.Tensor, columns: slice) -> None:
+    destination.copy_(tensor[:, columns].t())
+
+
+def _copy_transposed(destination: torch.Tensor, tensor: torch.Tensor, rows: slice = slice(None)) -> None:
+    """Checkpoints are output-major, our stacks input-major."""
+    destination.copy_(tensor[rows].t())

@@ -1,0 +1,323 @@
+"""`EasySpecSpeculator`: vLLM's speculator interface in, one round out: calibrate, draft; vLLM's target verifies.
+
+Round `n` of a request, newest token at position `P`: the calibration pass has made every position up to `P` precise and
+gives draft 1; fuzzy step `j` reads draft `j` at position `P + j`, writes its fuzzy K/V there, and gives draft `j + 1`.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig, replace
+from vllm.config.compilation import CUDAGraphMode
+from vllm.distributed import get_tp_group
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader import get_model
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+
+from vllm_easyspec.batch import DraftBatch
+from vllm_easyspec.calibration import CalibrationScheduler, CalibrationStep
+from vllm_easyspec.config import RuntimeOptions
+from vllm_easyspec.drafter.model import LayerParallelDrafter
+from vllm_easyspec.drafter.paged_kv import PagedKV, PagedPass, Sequences, UnpagedPass
+from vllm_easyspec.drafter.plan import SCOPES, LayerPlan, Scope
+from vllm_easyspec.metrics import DraftStatistics
+
+logger = init_logger("vllm.easyspec")
+
+# Drafted where the drafter can't draft (its context is full, or K was lowered at run time): any valid id will do, the
+# target tests it like every draft.
+FILLER = 0
+DRAFTER_ARCHITECTURE = "EasySpecDrafterForCausalLM"
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """What may be swapped in a running engine."""
+
+    plan: LayerPlan
+    scope: Scope
+    num_drafts: int  # K, at most the configured one
+
+
+class EasySpecSpeculator(DraftModelSpeculator):
+    # A prefilling request's calibration reads one token more than its step: the newest one.
+    num_extra_query_per_req = 1
+    model: LayerParallelDrafter
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device):
+        super().__init__(vllm_config, device)
+        self.options = RuntimeOptions.from_vllm(vllm_config)
+        num_layers = self.draft_model_config.hf_config.num_hidden_layers
+        plan = self.options.layer_parallel.plan(num_layers)
+        self.precise = LayerPlan.precise(num_layers)
+        self.drafting = Drafting(plan, self.options.layer_parallel.scope, self.num_speculative_steps)
+        self.statistics = DraftStatistics(device, self.num_speculative_steps)
+        self.current_step = torch.zeros((), dtype=torch.int64, device=device)
+        self.pages: PagedKV
+        self.calibration: CalibrationScheduler
+
+    # ---- one round ----
+
+    @torch.inference_mode()
+    def propose(  # noqa: PLR0913 - vLLM's interface
+        self,
+        input_batch: InputBatch,
+        attn_metadata: dict[str, Any] | None,
+        slot_mappings: dict[str, torch.Tensor] | None,
+        last_hidden_states: torch.Tensor,
+        aux_hidden_states: list[torch.Tensor] | None,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        next_prefill_tokens: torch.Tensor,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        dp_sync_state: Any = None,
+        dummy_run: bool = False,
+        skip_attn_for_dummy_run: bool = False,
+        mm_inputs: Any = None,
+        is_profile: bool = False,
+        num_speculative_tokens: int | None = None,
+    ) -> torch.Tensor:
+        """Draft tokens `[reqs, K] int64`, the same bits on every rank. Arguments as in `BaseSpeculator.propose`."""
+        if dummy_run and skip_attn_for_dummy_run:
+            return self._profile(input_batch)
+        self._take_up_pages()
+        asked = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
+        # Padding rows of a calibration pass may reach past the longest request, hence the further columns.
+        table = self.block_tables.input_block_tables[self.cache_group][: input_batch.num_reqs]
+        batch = DraftBatch.from_vllm(
+            input_batch,
+            num_rejected,
+            num_sampled,
+            last_sampled,
+            nn.functional.pad(table, (0, 1 + self.num_speculative_steps // self.pages.block_size)),
+            min(asked, self.drafting.num_drafts),
+            dummy_run,
+        )
+        self._copy_request_inputs(batch.num_reqs, batch.idx_mapping, temperature, seeds, dummy_run)
+        if dummy_run:
+            return self._round(batch)
+        clock = self.statistics.clock
+        clock.stop("verify")
+        self._count(input_batch, batch)
+        drafts = self._round(batch)
+        clock.stop("draft")
+        if self.options.check_ranks:
+            self._check_ranks(batch, drafts)
+        return drafts
+
+    def _round(self, batch: DraftBatch) -> torch.Tensor:
+        self.statistics.clock.start("calibrate")
+        step, hidden = self._calibrate(batch)
+        positions = step.newest_positions
+        if batch.num_drafts > 0:
+            self._sample(0, hidden, positions, batch)
+        self.statistics.clock.stop("calibrate")
+        self.statistics.clock.start("draft")
+        self.model.counters = self.statistics.stages["draft"]
+        for index in range(1, batch.num_drafts):
+            positions = positions + 1
+            sequences = self._next_sequences(batch, positions)
+            ids = self.draft_tokens[: batch.num_reqs, index - 1]
+            attention = PagedPass(self.pages, sequences)
+            hidden = self.model(ids, self.drafting.plan, self.drafting.scope, attention)
+            self._sample(index, hidden, positions, batch)
+        self.draft_tokens[: batch.num_reqs, batch.num_drafts :] = FILLER
+        return self.draft_tokens[: batch.num_reqs]
+
+    def _calibrate(self, batch: DraftBatch) -> tuple[CalibrationStep, torch.Tensor]:
+        """Make the new tokens' K/V precise; returns the newest tokens' hidden states `[reqs, hidden]`."""
+        step = self.calibration.plan(batch)
+        self.model.counters = self.statistics.stages["calibrate"]
+        if not batch.dummy:
+            self._count_calibrated(step, batch)
+        if self.options.calibration == "every_round" or batch.prefilling.all():
+            return step, self._calibration_pass(step, self.precise)
+        if not batch.prefilling.any():
+            return step, self._calibration_pass(step, self.drafting.plan)
+        # Ablation, mixed batch: prompts are read precisely, generated tokens keep the fuzzy K/V that drafting gave them.
+        precise = self._calibration_pass(self.calibration.only(step, batch, prefilling=True), self.precise)
+        fuzzy = self._calibration_pass(self.calibration.only(step, batch, prefilling=False), self.drafting.plan)
+        prefilling = torch.from_numpy(batch.prefilling).to(self.device)
+        return step, torch.where(prefilling.unsqueeze(1), precise, fuzzy)
+
+    def _calibration_pass(self, step: CalibrationStep, plan: LayerPlan) -> torch.Tensor:
+        attention = PagedPass(self.pages, step.sequences)
+        return self.model(step.input_ids, plan, self.drafting.scope, attention)[step.newest_rows]
+
+    def _next_sequences(self, batch: DraftBatch, positions: torch.Tensor) -> Sequences:
+        """A fuzzy step: one token a request at `positions` (`[reqs] int64`)."""
+        reqs = batch.num_reqs
+        bound = torch.from_numpy(batch.seq_lens_bound) + (self.num_speculative_steps + 1)
+        return Sequences(
+            positions=positions.clamp(max=self.max_draft_len - 1),
+            slots=self.calibration.slots(batch, self.request_rows[:reqs], positions, batch.sampled),
+            query_start_loc=self.one_token_starts[: reqs + 1],
+            query_start_loc_cpu=self.one_token_starts_cpu[: reqs + 1],
+            seq_lens=(positions + 1).clamp(max=self.max_draft_len).int(),
+            seq_lens_bound=bound.int().clamp(max=self.max_draft_len),
+            block_table=batch.block_table,
+            max_query_len=1,
+            max_seq_len=min(int(bound.max()), self.max_draft_len),
+        )
+
+    def _sample(self, index: int, hidden: torch.Tensor, positions: torch.Tensor, batch: DraftBatch) -> None:
+        """Draft `index` of each request from the hidden state at `positions`; keeps its logits if drafts are sampled."""
+        reqs = batch.num_reqs
+        self.current_step.fill_(index)
+        rows = self.idx_mapping[:reqs]
+        sampled = self.sample_draft(
+            hidden, positions, rows, self.temperature, self.seeds, self.current_step, self.draft_logits
+        )
+        if int(batch.seq_lens_bound.max()) + index < self.max_draft_len:  # the host knows that every context has room
+            self.draft_tokens[:reqs, index] = sampled
+            return
+        has_room = positions < self.max_draft_len
+        self.draft_tokens[:reqs, index] = torch.where(has_room, sampled, FILLER)
+        if self.draft_logits is not None:
+            # The rejection sampler must test the filler against the distribution that it came from: all on itself.
+            logits = self.draft_logits[rows, index]
+            self.draft_logits[rows, index] = torch.where(has_room.unsqueeze(1), logits, self.filler_logits)
+
+    # ---- counting ----
+
+    def _count(self, input_batch: InputBatch, batch: DraftBatch) -> None:
+        self.statistics.rounds += 1
+        if input_batch.num_draft_tokens_per_req is not None:
+            tested = (input_batch.num_draft_tokens_per_req[: batch.num_reqs] > 0) & ~batch.prefilling
+            self.statistics.count_verdict(torch.from_numpy(tested).to(self.device), batch.num_valid - 1)
+
+    def _count_calibrated(self, step: CalibrationStep, batch: DraftBatch) -> None:
+        prefilling = torch.from_numpy(batch.prefilling).to(self.device)
+        in_prefill = (step.num_tokens * prefilling).sum()
+        self.statistics.calibrated_prefill_tokens += in_prefill
+        self.statistics.calibrated_decode_tokens += step.num_tokens.sum() - in_prefill
+
+    def _check_ranks(self, batch: DraftBatch, drafts: torch.Tensor) -> None:
+        """Debug: every rank feeds its own drafts to the target, so ids and logits must agree to the bit."""
+        _assert_same_on_ranks("draft ids", drafts)
+        if self.draft_logits is not None:
+            _assert_same_on_ranks("draft logits", self.draft_logits[batch.idx_mapping, : batch.num_drafts])
+
+    # ---- swapping the plan ----
+
+    def configure(
+        self, scope: str | None = None, group_sizes: list[int] | None = None, num_drafts: int | None = None
+    ) -> Drafting:
+        """Swap scope, plan or K from the next round on. Raises ValueError for what the drafter can't do."""
+        if scope is not None and scope not in SCOPES:
+            raise ValueError(f"scope={scope!r} must be one of {', '.join(SCOPES)}")
+        if num_drafts is not None and not 1 <= num_drafts <= self.num_speculative_steps:
+            raise ValueError(
+                f"num_speculative_tokens={num_drafts} must be from 1 to the configured {self.num_speculative_steps}"
+            )
+        plan = self.drafting.plan
+        if group_sizes is not None:
+            plan = LayerPlan.of_sizes(self.precise.num_layers, group_sizes)
+        self.drafting = Drafting(plan, scope or self.drafting.scope, num_drafts or self.drafting.num_drafts)  # type: ignore[arg-type]
+        if self.draft_logits is not None:
+            self.draft_logits[:, self.drafting.num_drafts :] = self.filler_logits
+        self.statistics.reset()
+        return self.drafting
+
+    # ---- set-up, in the order in which vLLM calls it ----
+
+    def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
+        spec = self.speculative_config
+        model_config = copy.copy(self.draft_model_config)
+        model_config.hf_config = copy.deepcopy(model_config.hf_config)
+        # vLLM picks the class by the first name that it knows; the drafter reads its family from the rest.
+        model_config.hf_config.architectures = [DRAFTER_ARCHITECTURE, *model_config.hf_config.architectures]
+        parallel_config = replace(spec.draft_parallel_config, rank=self.vllm_config.parallel_config.rank)
+        config = replace(
+            self.vllm_config, model_config=model_config, quant_config=None, parallel_config=parallel_config
+        )
+        self.draft_vllm_config = spec.apply_draft_overrides(config)
+        return get_model(
+            vllm_config=self.draft_vllm_config, prefix="draft_model", load_config=spec.draft_load_config
+        )
+
+    @property
+    def attn_vllm_config(self) -> VllmConfig:
+        """For the metadata builders of the virtual batch: whole heads, and as many sequences as layers times requests."""
+        config = copy.copy(self.draft_vllm_config)
+        config.scheduler_config = copy.copy(config.scheduler_config)
+        config.scheduler_config.max_num_seqs = self.max_num_reqs * max(1, len(self.model.local_layers))
+        return config
+
+    def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
+        """The drafter runs eagerly."""
+
+    def capture(self) -> None:
+        """The drafter runs eagerly."""
+
+    def bind_pages(self) -> None:
+        """Take up the pages that vLLM has bound. Repeatable; raises ValueError for a layout that can't be used."""
+        groups = self.kv_cache_config.kv_cache_groups
+        if len(groups) != 1:
+            raise ValueError(
+                f"the target needs {len(groups)} K/V cache groups (layers of several kinds); easyspec shares the target's "
+                "block table and supports one. Use method: draft_model for this target"
+            )
+        self.cache_group = 0
+        attention_groups = self.attn_groups[self.cache_group]
+        if len(attention_groups) > 1:
+            raise ValueError("the drafter's layers fall into several attention groups; they must share one backend")
+        block_size = self.block_tables.block_sizes[self.cache_group]
+        self.pages = PagedKV(
+            list(self.model.attention),
+            attention_groups[0] if attention_groups else None,
+            self.kv_cache_config.num_blocks,
+            block_size,
+        )
+        self.max_draft_len = min(self.draft_model_config.max_model_len, self.vllm_config.model_config.max_model_len)
+        self.calibration = CalibrationScheduler(
+            self.model.shape.vocab_size, self.max_draft_len, block_size, self.device
+        )
+        self.one_token_starts_cpu = torch.arange(self.max_num_reqs + 1, dtype=torch.int32)
+        self.one_token_starts = self.one_token_starts_cpu.to(self.device)
+        self.request_rows = self.one_token_starts[:-1].long()
+        if self.draft_logits is not None:
+            self.filler_logits = torch.full_like(self.draft_logits[0, 0], torch.finfo(self.draft_logits.dtype).min)
+            self.filler_logits[FILLER] = 0
+
+    def _take_up_pages(self) -> None:
+        """On CUDA vLLM profiles with a throwaway cache before it binds the real one."""
+        if not hasattr(self, "pages") or not self.pages.is_current():
+            self.bind_pages()
+
+    def describe(self) -> str:
+        """This rank's plan, layers and memory, for the log."""
+        model, pages = self.model, self.pages
+        cache_bytes = sum(layer.kv_cache.nbytes for layer in pages.layers)
+        return (
+            f"rank {model.rank} of {model.num_ranks}: plan {self.drafting.plan} ({self.drafting.scope} scope), "
+            f"K={self.drafting.num_drafts}, attention and pages of layers {list(model.local_layers)} here, "
+            f"MLPs: {model.mlp.value}, weights {model.weight_bytes():,} bytes, K/V pages {cache_bytes:,} bytes "
+            f"({cache_bytes // (pages.num_blocks * pages.block_size):,} a token)"
+        )
+
+    def _profile(self, input_batch: InputBatch) -> torch.Tensor:
+        """vLLM's memory profiling, before pages exist: a whole batch through the precise pass, and its logits."""
+        attention = UnpagedPass(input_batch.positions)
+        hidden = self.model(input_batch.input_ids, self.precise, "attention", attention)
+        self.model.compute_logits(hidden[: input_batch.num_reqs])
+        return self.draft_tokens[: input_batch.num_reqs]
+
+
+def _assert_same_on_ranks(what: str, tensor: torch.Tensor) -> None:
+    """Compare with rank 0's over the host. Raises RuntimeError on every rank that differs."""
+    group = get_tp_group()
+    mine = tensor.cpu().contiguous()
+    first = mine.clone()
+    torch.distributed.broadcast(first, src=group.ranks[0], group=group.cpu_group)
+    if not torch.equal(first, mine):
+        raise RuntimeError(
+            f"{what} of tensor-parallel rank {group.rank_in_group} differ from rank 0's: {mine.tolist()} against "
+            f"{first.tolist()}. Drafting would diverge; report this with the configuration"
+        )

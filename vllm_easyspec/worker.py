@@ -1,0 +1,80 @@
+"""`SpeculativeWorker`: vLLM's worker of this platform, with easyspec's speculator in its model runner, and its RPCs.
+
+The RPCs are reached by `LLM.collective_rpc("easyspec_stats")` and the like; each returns one value a rank.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from vllm_easyspec.audit import audit
+from vllm_easyspec.speculator import EasySpecSpeculator
+
+logger = init_logger("vllm.easyspec")
+
+
+def _platform_worker() -> type:
+    if current_platform.is_cpu():
+        # Importing this changes torch for the process, so not elsewhere.
+        from vllm.v1.worker.cpu_worker import CPUWorker
+
+        return CPUWorker
+    from vllm.v1.worker.gpu_worker import Worker
+
+    return Worker
+
+
+class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
+    @property
+    def speculator(self) -> EasySpecSpeculator:
+        return self.model_runner.speculator
+
+    def init_device(self) -> None:
+        super().init_device()
+        # The runner has built vLLM's own draft-model speculator; let go of its buffers before ours are made.
+        self.model_runner.speculator = None
+        self.model_runner.speculator = EasySpecSpeculator(self.vllm_config, self.device)
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        super().initialize_from_config(kv_cache_config)
+        self.speculator.bind_pages()
+        logger.info("easyspec %s", self.speculator.describe())
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        self.speculator.statistics.reset()
+        return times
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        self.speculator.statistics.clock.start("verify")
+        return super().execute_model(scheduler_output)
+
+    def easyspec_stats(self, reset: bool = False) -> dict:
+        """Counters and times since the last reset, by rank."""
+        snapshot = self.speculator.statistics.snapshot()
+        drafting = self.speculator.drafting
+        snapshot |= {
+            "rank": self.speculator.model.rank,
+            "scope": drafting.scope,
+            "group_sizes": list(drafting.plan.group_sizes),
+            "num_speculative_tokens": drafting.num_drafts,
+        }
+        if reset:
+            self.speculator.statistics.reset()
+        return snapshot
+
+    def easyspec_configure(
+        self,
+        scope: str | None = None,
+        group_sizes: list[int] | None = None,
+        num_speculative_tokens: int | None = None,
+    ) -> dict:
+        """Swap scope, plan or K (up to the configured one) from the next round on; resets the counters."""
+        self.speculator.configure(scope, group_sizes, num_speculative_tokens)
+        return self.easyspec_stats()
+
+    def easyspec_audit(self) -> list[dict]:
+        """Largest difference between this rank's drafter pages and a precise recomputation, for each live request."""
+        return [asdict(request) for request in audit(self.model_runner, self.speculator)]
