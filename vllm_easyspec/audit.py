@@ -38,9 +38,7 @@ def _calibrated_tokens(row: int, runner: GPUModelRunner, speculator: EasySpecSpe
     return min(computed + has_newest, speculator.max_draft_len) if computed else 0
 
 
-def _audit_request(
-    request_id: str, row: int, runner: GPUModelRunner, speculator: EasySpecSpeculator
-) -> AuditedRequest:
+def _audit_request(request_id: str, row: int, runner: GPUModelRunner, speculator: EasySpecSpeculator) -> AuditedRequest:
     model, pages = speculator.model, speculator.pages
     tokens = _calibrated_tokens(row, runner, speculator)
     ids = runner.req_states.all_token_ids.gpu[row, :tokens].to(speculator.device).long()
@@ -65,7 +63,8 @@ def _page_difference(
     pages_a_block = cache.shape[0] // pages.num_blocks
     page_ids = (blocks.unsqueeze(1) * pages_a_block + torch.arange(pages_a_block, device=blocks.device)).view(-1)
     present = cache[page_ids]
-    rewritten = torch.empty_strided((len(page_ids), *cache.shape[1:]), cache.stride(), dtype=cache.dtype, device=cache.device)
+    size = (len(page_ids), *cache.shape[1:])
+    rewritten = torch.empty_strided(size, cache.stride(), dtype=cache.dtype, device=cache.device)
     rewritten.copy_(present)
     slots = torch.arange(k.shape[0], device=blocks.device)
     layer.impl.do_kv_cache_update(layer, k, v, rewritten, slots)

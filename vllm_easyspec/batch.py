@@ -28,7 +28,7 @@ class DraftBatch:
     block_table: torch.Tensor  # [reqs, width] int32
     query_lens: np.ndarray  # [reqs] int32, host: tokens that the target read
     prefilling: np.ndarray  # [reqs] bool, host
-    seq_lens_bound: np.ndarray  # [reqs] int32, host: upper bound on the target's sequence lengths before this round's drafts
+    seq_lens_bound: np.ndarray  # [reqs] int32, host: upper bound on sequence lengths, this step's tokens included
     dummy: bool  # warm-up: rows own no pages
 
     @classmethod

@@ -1,9 +1,9 @@
 """Which positions of which request a round's calibration rewrites, and the pass that does it.
 
 After the target's step a decoding request has `accepted + 1` tokens without precise K/V in the drafter's pages: the
-accepted drafts, whose K/V is fuzzy or missing, and the newest token, which has none. A prefilling request has the tokens
-that the target just read, and the newest one if its prompt is complete. One pass over exactly these leaves every
-position up to the newest token precise, and the newest token's hidden state yields the round's first draft.
+accepted drafts, whose K/V is fuzzy or missing, and the newest token, which has none. A prefilling request has the
+tokens that the target just read, and the newest one if its prompt is complete. One pass over exactly these leaves
+every position up to the newest token precise, and the newest token's hidden state yields the round's first draft.
 
 The host doesn't know how many drafts were rejected, and waiting for the number would stall the device. So a request
 gets as many rows as it may need, and the rows past its newest token are padding: slot -1, result unused.
@@ -81,7 +81,7 @@ class CalibrationScheduler:
     def slots(
         self, batch: DraftBatch, of_req: torch.Tensor, positions: torch.Tensor, live: torch.Tensor
     ) -> torch.Tensor:
-        """Cache slots `[rows] int64` of `positions` of the requests `of_req`; -1 for padding and past the drafter's end."""
+        """Cache slots `[rows] int64` of positions of the requests `of_req`; -1 for padding and past `max_len`."""
         if batch.dummy:
             return torch.full_like(positions, -1)
         columns = (positions // self.block_size).clamp(max=batch.block_table.shape[1] - 1)
@@ -90,6 +90,7 @@ class CalibrationScheduler:
 
     def only(self, step: CalibrationStep, batch: DraftBatch, prefilling: bool) -> CalibrationStep:
         """The same rows, but writing K/V of the prefilling (or of the decoding) requests alone."""
-        chosen = torch.from_numpy(np.repeat(batch.prefilling == prefilling, np.diff(step.sequences.query_start_loc_cpu)))
-        slots = torch.where(chosen.to(self.device), step.sequences.slots, -1)
+        rows = np.diff(step.sequences.query_start_loc_cpu)
+        chosen = torch.from_numpy(np.repeat(batch.prefilling == prefilling, rows)).to(self.device)
+        slots = torch.where(chosen, step.sequences.slots, -1)
         return replace(step, sequences=replace(step.sequences, slots=slots))

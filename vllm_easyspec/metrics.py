@@ -89,7 +89,7 @@ class DraftStatistics:
         self.accepted_at += (reached & decoding.unsqueeze(1)).sum(0)
 
     def snapshot(self) -> dict:
-        """Plain numbers for an RPC reply. `acceptance` is by position; `tokens_a_round` counts the target's own token."""
+        """Plain numbers for an RPC reply: acceptance by position; tokens a round, the target's own included."""
         verified = int(self.verified)
         accepted = self.accepted_at.tolist()
         return {

@@ -5,8 +5,10 @@ gives draft 1; fuzzy step `j` reads draft `j` at position `P + j`, writes its fu
 """
 
 import copy
+import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -20,18 +22,18 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_easyspec.batch import DraftBatch
 from vllm_easyspec.calibration import CalibrationScheduler, CalibrationStep
-from vllm_easyspec.config import RuntimeOptions
+from vllm_easyspec.config import Calibration, RuntimeOptions
 from vllm_easyspec.drafter.model import LayerParallelDrafter
 from vllm_easyspec.drafter.paged_kv import PagedKV, PagedPass, Sequences, UnpagedPass
 from vllm_easyspec.drafter.plan import SCOPES, LayerPlan, Scope
 from vllm_easyspec.metrics import DraftStatistics
+from vllm_easyspec.plugin import DRAFTER_ARCHITECTURE
 
 logger = init_logger("vllm.easyspec")
 
 # Drafted where the drafter can't draft (its context is full, or K was lowered at run time): any valid id will do, the
 # target tests it like every draft.
 FILLER = 0
-DRAFTER_ARCHITECTURE = "EasySpecDrafterForCausalLM"
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Drafting:
     plan: LayerPlan
     scope: Scope
     num_drafts: int  # K, at most the configured one
+    calibration: Calibration
 
 
 class EasySpecSpeculator(DraftModelSpeculator):
@@ -54,7 +57,9 @@ class EasySpecSpeculator(DraftModelSpeculator):
         num_layers = self.draft_model_config.hf_config.num_hidden_layers
         plan = self.options.layer_parallel.plan(num_layers)
         self.precise = LayerPlan.precise(num_layers)
-        self.drafting = Drafting(plan, self.options.layer_parallel.scope, self.num_speculative_steps)
+        self.drafting = Drafting(
+            plan, self.options.layer_parallel.scope, self.num_speculative_steps, self.options.calibration
+        )
         self.statistics = DraftStatistics(device, self.num_speculative_steps)
         self.current_step = torch.zeros((), dtype=torch.int64, device=device)
         self.pages: PagedKV
@@ -136,11 +141,11 @@ class EasySpecSpeculator(DraftModelSpeculator):
         self.model.counters = self.statistics.stages["calibrate"]
         if not batch.dummy:
             self._count_calibrated(step, batch)
-        if self.options.calibration == "every_round" or batch.prefilling.all():
+        if self.drafting.calibration == "every_round" or batch.prefilling.all():
             return step, self._calibration_pass(step, self.precise)
         if not batch.prefilling.any():
             return step, self._calibration_pass(step, self.drafting.plan)
-        # Ablation, mixed batch: prompts are read precisely, generated tokens keep the fuzzy K/V that drafting gave them.
+        # Ablation, mixed batch: prompts are read precisely, generated tokens keep fuzzy K/V.
         precise = self._calibration_pass(self.calibration.only(step, batch, prefilling=True), self.precise)
         fuzzy = self._calibration_pass(self.calibration.only(step, batch, prefilling=False), self.drafting.plan)
         prefilling = torch.from_numpy(batch.prefilling).to(self.device)
@@ -167,7 +172,7 @@ class EasySpecSpeculator(DraftModelSpeculator):
         )
 
     def _sample(self, index: int, hidden: torch.Tensor, positions: torch.Tensor, batch: DraftBatch) -> None:
-        """Draft `index` of each request from the hidden state at `positions`; keeps its logits if drafts are sampled."""
+        """Draft `index` of each request, from the hidden state at `positions`; logits are kept if it is sampled."""
         reqs = batch.num_reqs
         self.current_step.fill_(index)
         rows = self.idx_mapping[:reqs]
@@ -207,23 +212,27 @@ class EasySpecSpeculator(DraftModelSpeculator):
     # ---- swapping the plan ----
 
     def configure(
-        self, scope: str | None = None, group_sizes: list[int] | None = None, num_drafts: int | None = None
-    ) -> Drafting:
-        """Swap scope, plan or K from the next round on. Raises ValueError for what the drafter can't do."""
-        if scope is not None and scope not in SCOPES:
-            raise ValueError(f"scope={scope!r} must be one of {', '.join(SCOPES)}")
-        if num_drafts is not None and not 1 <= num_drafts <= self.num_speculative_steps:
-            raise ValueError(
-                f"num_speculative_tokens={num_drafts} must be from 1 to the configured {self.num_speculative_steps}"
-            )
-        plan = self.drafting.plan
+        self,
+        scope: str | None = None,
+        group_sizes: list[int] | None = None,
+        num_drafts: int | None = None,
+        calibration: str | None = None,
+    ) -> None:
+        """Swap what is given, from the next round on. Raises ValueError for what the drafter can't do."""
+        changes: dict[str, Any] = {}
+        if scope is not None:
+            changes["scope"] = one_of("scope", scope, SCOPES)
+        if calibration is not None:
+            changes["calibration"] = one_of("calibration", calibration, get_args(Calibration))
         if group_sizes is not None:
-            plan = LayerPlan.of_sizes(self.precise.num_layers, group_sizes)
-        self.drafting = Drafting(plan, scope or self.drafting.scope, num_drafts or self.drafting.num_drafts)  # type: ignore[arg-type]
+            changes["plan"] = LayerPlan.of_sizes(self.precise.num_layers, group_sizes)
+        if num_drafts is not None:
+            one_of("num_speculative_tokens", num_drafts, range(1, self.num_speculative_steps + 1))
+            changes["num_drafts"] = num_drafts
+        self.drafting = dataclasses.replace(self.drafting, **changes)
         if self.draft_logits is not None:
             self.draft_logits[:, self.drafting.num_drafts :] = self.filler_logits
         self.statistics.reset()
-        return self.drafting
 
     # ---- set-up, in the order in which vLLM calls it ----
 
@@ -238,13 +247,11 @@ class EasySpecSpeculator(DraftModelSpeculator):
             self.vllm_config, model_config=model_config, quant_config=None, parallel_config=parallel_config
         )
         self.draft_vllm_config = spec.apply_draft_overrides(config)
-        return get_model(
-            vllm_config=self.draft_vllm_config, prefix="draft_model", load_config=spec.draft_load_config
-        )
+        return get_model(vllm_config=self.draft_vllm_config, prefix="draft_model", load_config=spec.draft_load_config)
 
     @property
     def attn_vllm_config(self) -> VllmConfig:
-        """For the metadata builders of the virtual batch: whole heads, and as many sequences as layers times requests."""
+        """For the virtual batch's metadata builders: whole heads, and a sequence for each layer of a request."""
         config = copy.copy(self.draft_vllm_config)
         config.scheduler_config = copy.copy(config.scheduler_config)
         config.scheduler_config.max_num_seqs = self.max_num_reqs * max(1, len(self.model.local_layers))
@@ -261,8 +268,8 @@ class EasySpecSpeculator(DraftModelSpeculator):
         groups = self.kv_cache_config.kv_cache_groups
         if len(groups) != 1:
             raise ValueError(
-                f"the target needs {len(groups)} K/V cache groups (layers of several kinds); easyspec shares the target's "
-                "block table and supports one. Use method: draft_model for this target"
+                f"the target needs {len(groups)} K/V cache groups (layers of several kinds); easyspec shares the "
+                "target's block table and supports one. Use method: draft_model for this target"
             )
         self.cache_group = 0
         attention_groups = self.attn_groups[self.cache_group]
@@ -308,6 +315,12 @@ class EasySpecSpeculator(DraftModelSpeculator):
         hidden = self.model(input_batch.input_ids, self.precise, "attention", attention)
         self.model.compute_logits(hidden[: input_batch.num_reqs])
         return self.draft_tokens[: input_batch.num_reqs]
+
+
+def one_of(field: str, value: Any, allowed: Collection) -> Any:
+    if value not in allowed:
+        raise ValueError(f"{field}={value!r} is not one of {', '.join(map(str, allowed))}")
+    return value
 
 
 def _assert_same_on_ranks(what: str, tensor: torch.Tensor) -> None:

@@ -60,6 +60,7 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
             "scope": drafting.scope,
             "group_sizes": list(drafting.plan.group_sizes),
             "num_speculative_tokens": drafting.num_drafts,
+            "calibration": drafting.calibration,
         }
         if reset:
             self.speculator.statistics.reset()
@@ -70,9 +71,10 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
         scope: str | None = None,
         group_sizes: list[int] | None = None,
         num_speculative_tokens: int | None = None,
+        calibration: str | None = None,
     ) -> dict:
-        """Swap scope, plan or K (up to the configured one) from the next round on; resets the counters."""
-        self.speculator.configure(scope, group_sizes, num_speculative_tokens)
+        """Swap scope, plan, K (up to the configured one) or calibration from the next round on; resets the counters."""
+        self.speculator.configure(scope, group_sizes, num_speculative_tokens, calibration)
         return self.easyspec_stats()
 
     def easyspec_audit(self) -> list[dict]:

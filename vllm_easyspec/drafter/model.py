@@ -39,7 +39,7 @@ class Attend(Protocol):
         ...
 
     def attend(self, layers: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Store k and v, attend with q. All are `[layers * tokens, heads, head_dim]`, layer by layer; so is the result."""
+        """Store k and v, attend with q; all, and the result, `[layers * tokens, heads, head_dim]`, layer by layer."""
         ...
 
 
@@ -54,14 +54,11 @@ class LayerParallelDrafter(nn.Module):
         self.placement = LayerPlacement(shape.num_layers, self.num_ranks)
         self.local_layers = self.placement.layers_of(self.rank)
         self.dtype = vllm_config.model_config.dtype
-        self.mlp = choose_mlp(
-            options.layer_parallel.mlp, shape, self.num_ranks, self.dtype.itemsize, vllm_config.device_config.device_type
-        )
+        device_type = vllm_config.device_config.device_type
+        self.mlp = choose_mlp(options.layer_parallel.mlp, shape, self.num_ranks, self.dtype.itemsize, device_type)
         self.counters = PassCounters()
 
-        self.embed_tokens = VocabParallelEmbedding(
-            shape.vocab_size, shape.hidden_size, prefix=f"{prefix}.embed_tokens"
-        )
+        self.embed_tokens = VocabParallelEmbedding(shape.vocab_size, shape.hidden_size, prefix=f"{prefix}.embed_tokens")
         self.lm_head = ParallelLMHead(shape.vocab_size, shape.hidden_size, prefix=f"{prefix}.lm_head")
         if shape.tied_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.embed_tokens)
@@ -112,9 +109,7 @@ class LayerParallelDrafter(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         return load_drafter_weights(self, weights)
 
-    def forward(
-        self, input_ids: torch.Tensor, plan: LayerPlan, scope: Scope, attention: Attend
-    ) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, plan: LayerPlan, scope: Scope, attention: Attend) -> torch.Tensor:
         """Final hidden states `[tokens, hidden]` of `input_ids` (`[tokens]`), its K/V stored by `attention`.
 
         The precise pass is the plan of groups of one; both scopes are then the ordinary forward pass.

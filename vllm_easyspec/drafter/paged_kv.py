@@ -1,15 +1,15 @@
 """The drafter's pages on this rank: who owns them, and how a group's layers become one batch of sequences.
 
-Ownership. vLLM's K/V cache manager hands out blocks; target and drafter share one block table, so block `b` of a request
-means page `b` of every layer, the target's and the drafter's. A rank holds pages only for the layers that live on it.
-What is in a drafter page: precise K/V for every position below a request's newest token (inclusive) once a round's
-calibration has run, and fuzzy K/V for at most K-1 positions above it, which the next calibration overwrites or which no
-one reads. A page that vLLM shares through prefix caching holds only positions that calibration has passed.
+Ownership. vLLM's K/V cache manager hands out blocks; target and drafter share one block table, so block `b` of a
+request means page `b` of every layer, the target's and the drafter's. A rank holds pages only for the layers that live
+on it. What is in a drafter page: precise K/V for every position up to a request's newest token once a round's
+calibration has run, and fuzzy K/V for at most K-1 positions above it, which the next calibration overwrites or which
+no one reads. A page that vLLM shares through prefix caching holds only positions that calibration has passed.
 
 The virtual batch. vLLM lays the pages of layers with one spec out one layer after another, with one stride. So the
-pages of a rank's layers `s .. s+G-1` are one row of `G * num_blocks` pages that starts at layer `s`, and `G` layers over
-`B` requests are `G * B` sequences of one paged-attention call: block tables shifted by `num_blocks` a layer, cache slots
-by `num_blocks * block_size`.
+pages of a rank's layers `s .. s+G-1` are one row of `G * num_blocks` pages that starts at layer `s`, and `G` layers
+over `B` requests are `G * B` sequences of one paged-attention call: block tables shifted by `num_blocks` a layer, cache
+slots by `num_blocks * block_size`.
 """
 
 from collections.abc import Sequence
@@ -45,9 +45,9 @@ class DrafterAttention(Attention):
 class Sequences:
     """The tokens of one pass as paged-attention sequences, before any layer is thought of.
 
-    positions: `[tokens] int64`; slots: `[tokens] int64`, -1 where nothing is written; query_start_loc: `[reqs + 1] int32`
-    (and on the host); seq_lens: `[reqs] int32`, keys that the last query of a request sees; seq_lens_bound: the same on
-    the host, an upper bound; block_table: `[reqs, width] int32`; max_query_len, max_seq_len: host upper bounds.
+    positions: `[tokens] int64`; slots: `[tokens] int64`, -1 where nothing is written; query_start_loc: `[reqs + 1]
+    int32` (and on the host); seq_lens: `[reqs] int32`, keys that the last query of a request sees; seq_lens_bound: the
+    same on the host, an upper bound; block_table: `[reqs, width] int32`; max_query_len, max_seq_len: host upper bounds.
     """
 
     positions: torch.Tensor
@@ -73,7 +73,9 @@ class VirtualBatch:
 class PagedKV:
     """Joint views over the pages of this rank's drafter layers. Rebuilt whenever vLLM binds other pages."""
 
-    def __init__(self, layers: Sequence[DrafterAttention], group: AttentionGroup | None, num_blocks: int, block_size: int):
+    def __init__(
+        self, layers: Sequence[DrafterAttention], group: AttentionGroup | None, num_blocks: int, block_size: int
+    ):
         """layers: this rank's, in the model's order; group: their vLLM attention group, None where the rank has none.
 
         Raises ValueError where the pages are not laid out one layer after another.
@@ -106,13 +108,14 @@ class PagedKV:
         return not self.layers or self.layers[0].kv_cache.data_ptr() == self.first_page
 
     def pages(self, layers: slice) -> torch.Tensor:
-        """The pages of consecutive layers as one cache: `[layers * pages, ...]`, each page in the backend's own form."""
+        """The pages of consecutive layers as one cache, `[layers * pages, ...]`, each in the backend's own form."""
         first = self.layers[layers.start].kv_cache
         count = layers.stop - layers.start
-        return torch.as_strided(first, (count * first.shape[0], *first.shape[1:]), first.stride(), first.storage_offset())
+        size = (count * first.shape[0], *first.shape[1:])
+        return torch.as_strided(first, size, first.stride(), first.storage_offset())
 
     def virtual(self, sequences: Sequences, num_layers: int) -> VirtualBatch:
-        """The batch of `num_layers` layers; it serves any group of that many, since views start at their first layer."""
+        """The batch of `num_layers` layers. It serves any group of that many: views start at their first layer."""
         assert self.group is not None
         tokens = sequences.positions.shape[0]
         reqs = sequences.seq_lens.shape[0]
@@ -212,4 +215,4 @@ class DensePass:
         out = torch.nn.functional.scaled_dot_product_attention(
             q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attn_mask=self._mask, enable_gqa=True
         )
-        return out.transpose(0, 1)
+        return out.transpose(0, 1).contiguous()

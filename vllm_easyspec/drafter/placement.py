@@ -38,7 +38,7 @@ class LayerPlacement:
 class MlpPlacement(Enum):
     """How a layer's MLP lies on the ranks."""
 
-    TENSOR = "tensor"  # the intermediate width is cut among the ranks; one all-reduce an MLP, or one a block-scope group
+    TENSOR = "tensor"  # the width is cut among the ranks; one all-reduce an MLP, or one a block-scope group
     REPLICATE = "replicate"  # whole on every rank; no collective
 
     def shard(self, width: int, rank: int, num_ranks: int) -> range:
@@ -49,8 +49,8 @@ class MlpPlacement(Enum):
 
 
 # Replicating an MLP costs reading the other ranks' shares from memory and saves one all-reduce. The break-even is the
-# bytes that a rank reads in the time of one small all-reduce: on a GPU about 8 us (vLLM's custom all-reduce over NVLink)
-# at 3 TB/s; between processes on a CPU about 30 us at 10 GB/s. Assumed, not measured here.
+# bytes that a rank reads in the time of one small all-reduce: on a GPU about 8 us (vLLM's custom all-reduce over
+# NVLink) at 3 TB/s; between processes on a CPU about 30 us at 10 GB/s. Assumed, not measured here.
 REPLICATE_BELOW_BYTES = {"cuda": 24_000_000, "cpu": 300_000}
 
 

@@ -37,7 +37,7 @@ class LayerPlan:
         return max(self.group_sizes) == 1
 
     def sequential_steps(self, scope: Scope) -> int:
-        """Sublayers one after another in a step: a layer alone takes 2, a group `1 + N` (attention scope) or 2 (block)."""
+        """Sublayers one after another in a step: 2 for a layer alone, `1 + N` for a group (2 in block scope)."""
         return sum(1 + (size if scope == "attention" else 1) for size in self.group_sizes)
 
     def __str__(self) -> str:
@@ -66,7 +66,7 @@ class LayerPlan:
         plan = cls(tuple(group_sizes))
         if plan.num_layers != num_layers:
             raise ValueError(
-                f"group_sizes={list(group_sizes)} add up to {plan.num_layers}, but the drafter has {num_layers} layers. "
-                f"Make them add up to {num_layers}, or give group_size instead"
+                f"group_sizes={list(group_sizes)} add up to {plan.num_layers}, but the drafter has {num_layers} "
+                f"layers. Make them add up to {num_layers}, or give group_size instead"
             )
         return plan

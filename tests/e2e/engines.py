@@ -1,0 +1,85 @@
+"""Real engines for the end-to-end tests: one at a time, each shared by as many tests as can use it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vllm import LLM, SamplingParams
+
+ROOT = Path(__file__).parents[2]
+TARGET = ROOT / "examples" / "tiny-pair" / "target"
+DRAFTER = ROOT / "examples" / "tiny-pair" / "drafter"
+
+SOURCES = (
+    "def main(argv):\n    parser = ",
+    "import os\nimport sys\n\n",
+    "class Connection:\n    def __init__(self, host, port):\n",
+    "try:\n    value = int(text)\nexcept ValueError:\n",
+    "# Copyright (c)",
+    'if __name__ == "__main__":\n',
+    "    return self._",
+    "for key, value in ",
+)
+
+
+def mixed_prompts() -> list[str]:
+    """16 prompts from a few tokens to a few hundred."""
+    return [source * repeats for repeats in (1, 5) for source in SOURCES]
+
+
+def greedy(max_tokens: int, **changes: Any) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **changes)
+
+
+def token_ids(llm: LLM, prompts: list[str], params: Any) -> list[list[int]]:
+    return [list(out.outputs[0].token_ids) for out in llm.generate(prompts, params, use_tqdm=False)]
+
+
+@contextmanager
+def engine(model: Path = TARGET, **arguments: Any) -> Iterator[LLM]:
+    """An offline engine with small pages, in float32 so that greedy outputs can be compared token for token."""
+    defaults: dict[str, Any] = dict(
+        dtype="float32",
+        max_model_len=384,
+        max_num_seqs=16,
+        max_num_batched_tokens=192,
+        block_size=32,
+        num_gpu_blocks_override=72,
+        kv_cache_memory_bytes=1 << 28,
+        enforce_eager=True,
+        disable_log_stats=False,
+    )
+    llm = LLM(str(model), **(defaults | arguments))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def easyspec(drafter: Path = DRAFTER, **changes: Any) -> dict[str, Any]:
+    """A configuration for `LLM(speculative_config=...)` in which every rank checks the others."""
+    return {
+        "method": "easyspec",
+        "model": str(drafter),
+        "num_speculative_tokens": 8,
+        "check_ranks": True,
+    } | changes
+
+
+def configure(llm: LLM, **changes: Any) -> None:
+    llm.collective_rpc("easyspec_configure", kwargs=changes)
+
+
+def stats(llm: LLM, reset: bool = False) -> list[dict]:
+    """Each rank's counters."""
+    return llm.collective_rpc("easyspec_stats", kwargs={"reset": reset})
+
+
+def audit(llm: LLM) -> list[dict]:
+    """The audit of all ranks in one list."""
+    return [request for rank in llm.collective_rpc("easyspec_audit") for request in rank]
+
+
+def metric(llm: LLM, name: str) -> float:
+    return sum(m.value for m in llm.get_metrics() if m.name == name)

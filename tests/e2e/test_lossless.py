@@ -1,0 +1,159 @@
+"""With easyspec the target's greedy output stays what it is, token for token, whatever drafts and however it is served."""
+
+import pytest
+from engines import audit, configure, easyspec, engine, greedy, metric, mixed_prompts, stats, token_ids
+
+pytestmark = pytest.mark.engine
+LAYERS = 10
+PLANS = {
+    "precise": [1] * LAYERS,
+    "1-4-4-1": [1, 4, 4, 1],
+    "1-3-3-2-1": [1, 3, 3, 2, 1],
+    "1-8-1": [1, 8, 1],
+    "4-4-2": [4, 4, 2],
+    "all": [LAYERS],
+}
+AUDIT_LIMIT = 1e-4  # float32; the tiny drafter's keys are of order 1 to 10
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, list[list[int]]]:
+    """The target alone, without speculation, on one rank."""
+    with engine() as llm:
+        prompts = mixed_prompts()
+        return {"short": token_ids(llm, prompts, greedy(40)), "long": token_ids(llm, prompts, greedy(180))}
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1rank", "2ranks"])
+def llm(request, expected):
+    """K up to 8; chunks of at most 192 tokens; a cache that 16 long requests don't fit in."""
+    config = easyspec(layer_parallel={"mlp": "tensor"})
+    with engine(speculative_config=config, tensor_parallel_size=request.param) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize("num_drafts", [8, 1, 2, 3, 4, 5, 6, 7])
+def test_every_k(llm, expected, num_drafts):
+    configure(llm, scope="attention", group_sizes=PLANS["1-4-4-1"], num_speculative_tokens=num_drafts)
+    assert token_ids(llm, mixed_prompts(), greedy(40)) == expected["short"]
+    drafted = stats(llm)[0]
+    assert drafted["verified"] > 0 and drafted["accepted_at"][0] > 0
+    assert not any(drafted["accepted_at"][num_drafts:])
+
+
+@pytest.mark.parametrize("scope", ["attention", "block"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_plan(llm, expected, scope, plan):
+    configure(llm, scope=scope, group_sizes=PLANS[plan], num_speculative_tokens=5)
+    assert token_ids(llm, mixed_prompts(), greedy(40)) == expected["short"]
+
+
+def test_preemption(llm, expected):
+    configure(llm, scope="block", group_sizes=PLANS["1-4-4-1"], num_speculative_tokens=5)
+    before = metric(llm, "vllm:num_preemptions")
+    assert token_ids(llm, mixed_prompts(), greedy(180)) == expected["long"]
+    assert metric(llm, "vllm:num_preemptions") > before
+
+
+def test_prefix_cache_hits(llm, expected):
+    configure(llm, scope="attention", group_sizes=PLANS["1-4-4-1"], num_speculative_tokens=5)
+    llm.reset_prefix_cache()
+    assert token_ids(llm, mixed_prompts(), greedy(40)) == expected["short"]
+    before = metric(llm, "vllm:prefix_cache_hits")
+    assert token_ids(llm, mixed_prompts(), greedy(40)) == expected["short"]
+    assert metric(llm, "vllm:prefix_cache_hits") > before
+
+
+def test_aborts_and_audit(llm, expected):
+    """Half of the requests are aborted in the middle; the others finish as if alone, and the pages stay precise."""
+    configure(llm, scope="attention", group_sizes=PLANS["1-4-4-1"], num_speculative_tokens=5)
+    core, prompts = llm.llm_engine, mixed_prompts()
+    for index, prompt in enumerate(prompts):
+        core.add_request(f"r{index}", prompt, greedy(60))
+    done, audited = {}, []
+    for step in range(1000):
+        if not core.has_unfinished_requests():
+            break
+        for out in core.step():
+            if out.finished:
+                done[out.request_id] = list(out.outputs[0].token_ids)
+        if step in (2, 6, 12):
+            audited += audit(llm)
+        if step == 4:
+            core.abort_request([f"r{index}" for index in range(0, 16, 2)])
+    assert sorted(done) == sorted(f"r{index}" for index in range(1, 16, 2))
+    for name, ids in done.items():
+        assert ids[:40] == expected["short"][int(name[1:])]
+    assert len(audited) > 8 and max(request["tokens"] for request in audited) > 32
+    assert max(request["largest_difference"] for request in audited) < AUDIT_LIMIT
+
+
+@pytest.mark.parametrize("hits", [False, True], ids=["cold", "prefix-hits"])
+def test_audit_is_clean_mid_flight(llm, hits):
+    """Also with chunked prompts, and with pages that other requests calibrated."""
+    if not hits:
+        llm.reset_prefix_cache()
+    configure(llm, scope="block", group_sizes=PLANS["1-8-1"], num_speculative_tokens=8)
+    audited = _audit_while_running(llm)
+    assert max(request["largest_difference"] for request in audited) < AUDIT_LIMIT
+
+
+def test_audit_after_preemption(llm):
+    configure(llm, scope="attention", group_sizes=PLANS["1-8-1"], num_speculative_tokens=5)
+    before = metric(llm, "vllm:num_preemptions")
+    audited = _audit_while_running(llm, max_tokens=180, every=7)
+    assert metric(llm, "vllm:num_preemptions") > before
+    assert max(request["largest_difference"] for request in audited) < AUDIT_LIMIT
+
+
+def test_audit_without_calibration(llm, expected):
+    """The audit can fail: fuzzy K/V that stays is found, on every rank. The output doesn't care."""
+    llm.reset_prefix_cache()
+    configure(llm, scope="attention", group_sizes=PLANS["1-8-1"], num_speculative_tokens=5, calibration="never")
+    try:
+        audited = _audit_while_running(llm)
+        assert max(request["largest_difference"] for request in audited) > 100 * AUDIT_LIMIT
+        assert token_ids(llm, mixed_prompts(), greedy(40)) == expected["short"]
+    finally:
+        configure(llm, calibration="every_round")
+        llm.reset_prefix_cache()
+
+
+def test_counters(llm):
+    """Calibration reads accepted + 1 tokens a decoding request; a group is one cache write, one call, its collectives."""
+    ranks = llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size
+    for scope, mlp_collectives in (("attention", LAYERS), ("block", 4)):
+        configure(llm, scope=scope, group_sizes=PLANS["1-4-4-1"], num_speculative_tokens=5)
+        token_ids(llm, mixed_prompts(), greedy(40))
+        for rank, counted in enumerate(stats(llm)):
+            assert counted["calibrated_decode_tokens"] == sum(counted["accepted_at"]) + counted["verified"]
+            calibrate, draft = counted["stages"]["calibrate"], counted["stages"]["draft"]
+            assert calibrate["passes"] == counted["rounds"] and draft["passes"] == 4 * counted["rounds"]
+            own = len(range(rank, LAYERS, ranks))
+            groups = 4 if ranks == 1 else 3  # on two ranks either lacks one of the single layers
+            assert calibrate["attention_calls"] == calibrate["cache_writes"] == own * calibrate["passes"]
+            assert draft["attention_calls"] == draft["cache_writes"] == groups * draft["passes"]
+            assert draft["attention_collectives"] == (0 if ranks == 1 else 4 * draft["passes"])
+            assert draft["mlp_collectives"] == (0 if ranks == 1 else mlp_collectives * draft["passes"])
+
+
+def test_bad_rpc_leaves_the_engine_alive(llm, expected):
+    with pytest.raises(Exception, match="num_speculative_tokens=9"):
+        configure(llm, num_speculative_tokens=9)
+    with pytest.raises(Exception, match="add up to 9"):
+        configure(llm, group_sizes=[9])
+    assert token_ids(llm, mixed_prompts()[:2], greedy(40)) == expected["short"][:2]
+
+
+def _audit_while_running(llm, max_tokens: int = 60, every: int = 4) -> list[dict]:
+    core = llm.llm_engine
+    for index, prompt in enumerate(mixed_prompts()):
+        core.add_request(f"audited-{index}", prompt, greedy(max_tokens))
+    audited, step = [], 0
+    while core.has_unfinished_requests():
+        core.step()
+        step += 1
+        if step % every == 0:
+            audited += audit(llm)
+    assert len(audited) > 16
+    return audited
