@@ -1,15 +1,31 @@
 """What vLLM's kernels need of the interpreter, applied in every vLLM process through `vllm.general_plugins`."""
 
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+import os
 
 import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+
+def register() -> None:
+    """Cast masks, and launch plain implementations where there are any. Idempotent.
+
+    `TRITON_INTERPRETER_PLAIN_KERNELS=0` in the environment keeps every kernel interpreted: to compare, or to look for a
+    fault in an implementation.
+    """
+    _cast_masks()
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and os.environ.get("TRITON_INTERPRETER_PLAIN_KERNELS", "1") != "0":
+        from . import plain, plain_batch, plain_logits, plain_rejection, plain_sampling  # noqa: F401 (they fill its table)
+
+        plain.install()
 
 
 def _as_bool(mask: TensorHandle) -> TensorHandle:
     return mask if mask.data.dtype == bool else TensorHandle(mask.data.astype(bool), tl.int1)
 
 
-def register() -> None:
+def _cast_masks() -> None:
     """Let masks be of any integer type, as compiled Triton does. Idempotent.
 
     Cause: the interpreter stops at a masked load or store whose mask is not boolean ("mask has unsupported dtype");

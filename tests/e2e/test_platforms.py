@@ -1,0 +1,64 @@
+"""What vLLM switches off on a CPU, tried all the same through a platform of the tests: async scheduling, and Ray."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from engines import engine, greedy, mixed_prompts, token_ids
+
+pytestmark = pytest.mark.engine
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def expected():
+    with engine() as llm:
+        return token_ids(llm, mixed_prompts(), greedy(40))
+
+
+def run_engine(platform: str, **arguments) -> dict:
+    paths = [str(HERE / "platforms"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"EASYSPEC_TEST_PLATFORM": platform, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, str(HERE / "one_engine.py"), json.dumps(arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check(found: dict, expected: list[list[int]]) -> None:
+    assert found["greedy"] == expected
+    assert found["stats"][0]["accepted_at"][0] > 0
+    assert len(found["audited"]) > 8
+    assert max(request["largest_difference"] for request in found["audited"]) < 1e-4
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_async_scheduling(expected, ranks):
+    found = run_engine("async", tensor_parallel_size=ranks)
+    assert found["async_scheduling"] is True
+    check(found, expected)
+
+
+@pytest.fixture
+def ray_head():
+    """A real Ray head on this machine, with two places for ranks."""
+    ray = str(Path(sys.executable).parent / "ray")
+    environment = os.environ | {
+        "EASYSPEC_TEST_PLATFORM": "ray",
+        "PYTHONPATH": str(HERE / "platforms") + os.pathsep + str(HERE),
+        "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+    }
+    resources = json.dumps({"easyspec_rank": 2})
+    command = [ray, "start", "--head", "--port=0", "--num-cpus=4", f"--resources={resources}", "--include-dashboard=false"]
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+    yield
+    subprocess.run([ray, "stop", "--force"], check=True, capture_output=True, timeout=120)
+
+
+def test_ray(expected, ray_head):
+    found = run_engine("ray", tensor_parallel_size=2, distributed_executor_backend="ray")
+    assert found["executor"] == "ray"
+    check(found, expected)

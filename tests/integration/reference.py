@@ -1,0 +1,87 @@
+"""The method of DESIGN section 1 written out in plain PyTorch, one request at a time, on `transformers` modules.
+
+Nothing here is shared with the drafter: dense attention, one layer after another, K/V in a list. In a group all
+attentions read the group's input, so what a fuzzy step appends to the K/V list is fuzzy, and later steps attend to it.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+
+class DenseRequest:
+    def __init__(self, model: PreTrainedModel, sliding_window: int | None):
+        """model: a Llama, Mistral, Qwen2 or Qwen3 causal language model of `transformers`."""
+        self.model = model
+        self.layers = list(model.model.layers)
+        self.sliding_window = sliding_window
+        empty = torch.zeros(0)
+        self.keys: list[torch.Tensor] = [empty] * len(self.layers)  # of each layer, [tokens, kv_heads, head_dim]
+        self.values: list[torch.Tensor] = [empty] * len(self.layers)
+
+    @property
+    def length(self) -> int:
+        return self.keys[0].shape[0]
+
+    def rewind(self, length: int) -> None:
+        self.keys = [k[:length] for k in self.keys]
+        self.values = [v[:length] for v in self.values]
+
+    @torch.no_grad()
+    def read(self, ids: Sequence[int], group_sizes: Sequence[int], scope: Literal["attention", "block"]) -> torch.Tensor:
+        """Read further tokens; returns logits `[tokens, vocab]`."""
+        positions = torch.arange(self.length, self.length + len(ids))
+        x = self.model.model.embed_tokens(torch.tensor(ids))
+        cos, sin = (part[0] for part in self.model.model.rotary_emb(x, positions.unsqueeze(0)))
+        first = 0
+        for size in group_sizes:
+            group = range(first, first + size)
+            first += size
+            h = x
+            a = {layer: self._attention(layer, h, positions, cos, sin) for layer in group}
+            if scope == "attention":
+                for layer in group:
+                    x = x + a[layer]
+                    x = x + self._mlp(layer, x)
+            else:
+                prefix, mlps = h, torch.zeros_like(h)
+                for layer in group:
+                    prefix = prefix + a[layer]
+                    mlps = mlps + self._mlp(layer, prefix)
+                x = prefix + mlps
+        assert first == len(self.layers)
+        return self.model.lm_head(self.model.model.norm(x))
+
+    def _mlp(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        module = self.layers[layer]
+        return module.mlp(module.post_attention_layernorm(x))
+
+    def _attention(
+        self, layer: int, h: torch.Tensor, positions: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        module = self.layers[layer].self_attn
+        x = self.layers[layer].input_layernorm(h)
+        q, k, v = (p(x).unflatten(-1, (-1, module.head_dim)) for p in (module.q_proj, module.k_proj, module.v_proj))
+        if hasattr(module, "q_norm"):
+            q, k = module.q_norm(q), module.k_norm(k)
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        if self.keys[layer].shape[0]:
+            k, v = torch.cat([self.keys[layer], k]), torch.cat([self.values[layer], v])
+        self.keys[layer], self.values[layer] = k, v
+        repeats = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+        scores = torch.einsum("qhd,khd->hqk", q, k) * module.head_dim**-0.5
+        distance = positions.unsqueeze(1) - torch.arange(k.shape[0])
+        hidden = distance < 0
+        if self.sliding_window is not None:
+            hidden |= distance >= self.sliding_window
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        return module.o_proj(torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of halves: x `[tokens, heads, head_dim]`, cos and sin `[tokens, head_dim]`."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(1)

@@ -1,0 +1,283 @@
+"""`EasySpecConfig`: every way to write it, and one clear error for every way to get it wrong."""
+
+import json
+from dataclasses import fields
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from pydantic import ValidationError
+from tiny_models import DRAFTER, easyspec
+from vllm.config import SpeculativeConfig
+
+from vllm_easyspec.config import (
+    FIELDS_OF_OTHER_METHODS,
+    REFUSED_FIELDS,
+    ConfigError,
+    EasySpecConfig,
+    LayerParallelConfig,
+    RuntimeOptions,
+    load,
+)
+
+PLAN = {"scope": "block", "group_sizes": [1, 4, 4, 1]}
+
+
+def test_defaults_are_the_papers():
+    config = EasySpecConfig.parse(easyspec())
+    plan = config.layer_parallel
+    assert (plan.scope, plan.group_size, plan.precise_head, plan.precise_tail, plan.mlp) == (
+        "attention", 4, 1, 1, "auto",
+    )  # fmt: skip
+    assert (config.calibration, config.check_ranks) == ("every_round", False)
+
+
+@pytest.mark.parametrize("form", ["yaml", "yml", "json", "inline", "dict", "path"])
+def test_every_form_reads_the_same(tmp_path, form):
+    written = easyspec(layer_parallel=PLAN, calibration="never", draft_sample_method="probabilistic")
+    path = tmp_path / f"easyspec.{form if form in ('yml', 'json') else 'yaml'}"
+    path.write_text(json.dumps(written) if form == "json" else yaml.safe_dump(written))
+    value = {"inline": json.dumps(written), "dict": written, "path": path}.get(form, str(path))
+    assert EasySpecConfig.parse(value) == EasySpecConfig.parse(written)
+
+
+def test_a_model_path_counts_from_the_file_it_is_written_in(tmp_path):
+    path = tmp_path / "sub" / "easyspec.yaml"
+    path.parent.mkdir()
+    for model, read in [
+        ("../drafter", str(tmp_path.resolve() / "drafter")),
+        ("./drafter", str(tmp_path.resolve() / "sub" / "drafter")),
+        ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+        ("/models/drafter", "/models/drafter"),
+    ]:
+        path.write_text(yaml.safe_dump(easyspec(model)))
+        assert load(path)["model"] == read
+        assert load(easyspec(model))["model"] == model, "a dict has no folder"
+
+
+@pytest.mark.parametrize("method", ["ngram", "draft_model", "eagle3"])
+def test_another_method_is_read_and_not_touched(tmp_path, method):
+    written = {"method": method, "model": "../somewhere", "num-speculative-tokens": 3, "anything": [1, {"a": None}]}
+    path = tmp_path / "other.yaml"
+    path.write_text(yaml.safe_dump(written))
+    assert load(str(path)) == load(json.dumps(written)) == load(written) == written
+
+
+def test_dashes_in_names_are_taken_as_vllm_takes_them():
+    assert EasySpecConfig.parse({"method": "easyspec", "model": "a", "num-speculative-tokens": 2}) == (
+        EasySpecConfig.parse({"method": "easyspec", "model": "a", "num_speculative_tokens": 2})
+    )
+
+
+def test_nothing_changes_after_reading():
+    config = EasySpecConfig.parse(easyspec())
+    with pytest.raises(ValidationError, match="frozen"):
+        config.num_speculative_tokens = 7
+    with pytest.raises(ValidationError, match="frozen"):
+        config.layer_parallel.group_size = 7
+
+
+def test_plans():
+    assert str(LayerParallelConfig().plan(10)) == "1-4-4-1"
+    assert str(LayerParallelConfig(group_size=3, precise_head=2, precise_tail=0).plan(10)) == "1-1-3-3-2"
+    assert str(LayerParallelConfig(group_sizes=(2, 3, 5)).plan(10)) == "2-3-5"
+
+
+def test_to_vllm_passes_vllms_fields_and_keeps_ours_apart():
+    speculative, options = EasySpecConfig.parse(
+        easyspec(
+            "drafter",
+            layer_parallel=PLAN,
+            check_ranks=True,
+            max_model_len=128,
+            draft_load_config={"load_format": "dummy"},
+            num_speculative_tokens_per_batch_size=[[1, 8, 4], [9, 64, 2]],
+        )
+    ).to_vllm()
+    assert speculative == {
+        "method": "draft_model",
+        "model": "drafter",
+        "num_speculative_tokens": 4,
+        "max_model_len": 128,
+        "draft_load_config": {"load_format": "dummy"},
+        "num_speculative_tokens_per_batch_size": [[1, 8, 4], [9, 64, 2]],
+        "draft_tensor_parallel_size": 1,
+    }
+    assert options == {
+        "layer_parallel": {**PLAN, "mlp": "auto"},
+        "calibration": "every_round",
+        "check_ranks": True,
+    }
+
+
+@pytest.mark.parametrize("written", [{}, PLAN, {"group_size": 2, "precise_head": 0, "mlp": "tensor"}])
+def test_options_survive_the_way_to_the_worker(written):
+    config = EasySpecConfig.parse(easyspec(layer_parallel=written, calibration="never"))
+    carried = json.loads(json.dumps(config.to_vllm()[1]))
+    options = RuntimeOptions.from_vllm(SimpleNamespace(additional_config={"easyspec": carried, "other": 1}))
+    assert options.layer_parallel.plan(10) == config.layer_parallel.plan(10)
+    assert (options.layer_parallel.mlp, options.calibration) == (config.layer_parallel.mlp, "never")
+
+
+@pytest.mark.parametrize("additional", [{}, {"other": 1}, None])
+def test_an_engine_without_our_options_is_told_so(additional):
+    with pytest.raises(ConfigError, match="holds no 'easyspec' options.*method: easyspec"):
+        RuntimeOptions.from_vllm(SimpleNamespace(additional_config=additional))
+
+
+def test_every_field_of_vllm_is_either_passed_through_or_refused_by_name():
+    """Fails where a new vLLM has a field that nobody decided on."""
+    ours = set(EasySpecConfig.model_fields)
+    internal = {"target_model_config", "target_parallel_config", "draft_model_config", "draft_parallel_config"}
+    theirs = {field.name for field in fields(SpeculativeConfig)} - internal
+    assert theirs <= ours | set(REFUSED_FIELDS) | set(FIELDS_OF_OTHER_METHODS)
+    assert not ours & (set(REFUSED_FIELDS) | set(FIELDS_OF_OTHER_METHODS))
+
+
+WRONG = {
+    "K = 0": ({"num_speculative_tokens": 0}, r"^num_speculative_tokens=0 is not allowed: .*at least 1, such as 5$"),
+    "K is text": ({"num_speculative_tokens": "5"}, r"num_speculative_tokens='5'.*valid integer"),
+    "K is a truth value": ({"num_speculative_tokens": True}, "num_speculative_tokens=True.*valid integer"),
+    "unknown key": (
+        {"num_speculative_token": 3},
+        "unknown key 'num_speculative_token' with value 3. Did you mean 'num_speculative_tokens'",
+    ),
+    "unknown inner key": (
+        {"layer_parallel": {"group_sise": 2}},
+        "unknown key 'layer_parallel.group_sise' with value 2. Did you mean 'group_size'.*Allowed are scope",
+    ),
+    "unknown scope": ({"layer_parallel": {"scope": "mlp"}}, "layer_parallel.scope='mlp'.*'attention'.*'block'"),
+    "a group of none": ({"layer_parallel": {"group_sizes": [1, 0, 4]}}, r"group_sizes\[1\]=0.*at least 1"),
+    "no groups": ({"layer_parallel": {"group_sizes": []}}, r"group_sizes=\[\].*at least 1 item"),
+    "sizes are text": ({"layer_parallel": {"group_sizes": "1,4"}}, "group_sizes='1,4'.*valid list"),
+    "both ways to group": (
+        {"layer_parallel": {"group_sizes": [1, 4], "group_size": 4}},
+        r"group_sizes=\[1, 4\] stands beside group_size.*Remove group_sizes, or remove group_size$",
+    ),
+    "a head beside sizes": (
+        {"layer_parallel": {"group_sizes": [1, 4], "precise_head": 1}},
+        "stands beside precise_head",
+    ),
+    "group_size 0": ({"layer_parallel": {"group_size": 0}}, "layer_parallel.group_size=0.*at least 1"),
+    "negative head": ({"layer_parallel": {"precise_head": -1}}, "layer_parallel.precise_head=-1.*at least 0"),
+    "plan is a number": ({"layer_parallel": 4}, "layer_parallel=4.*mapping"),
+    "mlp": ({"layer_parallel": {"mlp": "shard"}}, "layer_parallel.mlp='shard'.*'tensor'.*'replicate'"),
+    "calibration": ({"calibration": "sometimes"}, "calibration='sometimes'.*'every_round'.*'never'"),
+    "check_ranks": ({"check_ranks": "yes"}, "check_ranks='yes'.*true or false"),
+    "sampling": ({"draft_sample_method": "nucleus"}, "draft_sample_method='nucleus'.*'greedy' or 'probabilistic'"),
+    "a lossy verification": ({"rejection_sample_method": "fly"}, "rejection_sample_method='fly'.*'standard'"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG.values(), ids=WRONG.keys())
+def test_wrong_values(changes, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        EasySpecConfig.parse(easyspec(**changes))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("missing", ["model", "num_speculative_tokens"])
+def test_missing_fields(missing):
+    config = easyspec()
+    del config[missing]
+    with pytest.raises(ConfigError, match=f"{missing} is missing. Add it: "):
+        EasySpecConfig.parse(config)
+
+
+def test_all_errors_come_at_once():
+    with pytest.raises(ConfigError, match="calibration='x'.*; num_speculative_tokens=0"):
+        EasySpecConfig.parse(easyspec(num_speculative_tokens=0, calibration="x"))
+
+
+@pytest.mark.parametrize("name", [*REFUSED_FIELDS, *FIELDS_OF_OTHER_METHODS])
+def test_refused_fields_give_reason_and_remedy(name):
+    with pytest.raises(ConfigError, match=f"^{name}=1 is not allowed with easyspec: .*Remove it"):
+        EasySpecConfig.parse(easyspec(**{name: 1}))
+
+
+def test_group_sizes_must_add_up_to_the_drafters_layers():
+    plan = EasySpecConfig.parse(easyspec(layer_parallel={"group_sizes": [1, 4, 4]})).layer_parallel
+    with pytest.raises(
+        ConfigError, match=r"layer_parallel.group_sizes=\[1, 4, 4\] add up to 9, but the drafter has 10 layers. Make"
+    ):
+        plan.plan(10)
+
+
+FILES = {
+    "missing": (None, "can't be read: No such file or directory. Give the path of a YAML or JSON file"),
+    "broken YAML": ("method: easyspec\n  model: x\n", "is not valid YAML: line 2, column 8: .*Correct it there"),
+    "unclosed": ("method: [easyspec\n", "is not valid YAML: line 2, column 1"),
+    "a control character": ("method: \x07", "is not valid YAML: .*special characters are not allowed"),
+    "not UTF-8": (b"\xff\xfe", "can't be read: it is not UTF-8 text"),
+    "a list": ("- easyspec\n", r"holds list \['easyspec'\] where a mapping"),
+    "empty": ("", "holds NoneType None where a mapping"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), FILES.values(), ids=FILES.keys())
+def test_files_that_cannot_be_read(tmp_path, text, message):
+    path = tmp_path / "easyspec.yaml"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError, match=message) as error:
+        EasySpecConfig.parse(str(path))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_is_not_a_file(tmp_path):
+    with pytest.raises(ConfigError, match="can't be read: Is a directory"):
+        load(tmp_path)
+
+
+def test_broken_json(tmp_path):
+    with pytest.raises(ConfigError, match="the inline configuration is not valid JSON: line 1, column 2"):
+        load("{method: easyspec}")
+    path = tmp_path / "easyspec.json"
+    path.write_text('{"method": easyspec}')
+    with pytest.raises(ConfigError, match="easyspec.json is not valid JSON: line 1, column 12"):
+        load(path)
+
+
+@pytest.mark.parametrize("method", ["EasySpec", "easy_spec", "easy-spec"])
+def test_a_misspelt_method(method):
+    with pytest.raises(ConfigError, match=f"method='{method}' is unknown. Write method: easyspec"):
+        load_and_ask({"method": method})
+
+
+def test_a_forgotten_method():
+    with pytest.raises(ConfigError, match="method is missing beside layer_parallel"):
+        load_and_ask({"model": "x", "layer_parallel": {}})
+
+
+def load_and_ask(config):
+    from vllm_easyspec.config import is_easyspec
+
+    return is_easyspec(load(config))
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "../nowhere", "/no/where", "no/where/else", "~/nowhere-at-all"])
+def test_a_missing_drafter_folder(model):
+    with pytest.raises(ConfigError, match=r"model='.*' does not exist. Give the drafter's folder"):
+        EasySpecConfig.parse(easyspec(model)).check_model()
+
+
+def test_a_folder_without_a_model(tmp_path):
+    with pytest.raises(ConfigError, match="is not a folder with a config.json"):
+        EasySpecConfig.parse(easyspec(tmp_path)).check_model()
+
+
+@pytest.mark.parametrize("model", ["Qwen/Qwen3-0.6B", "gpt2", "s3://bucket/some/model", str(DRAFTER)])
+def test_hub_names_and_folders_pass(model):
+    EasySpecConfig.parse(easyspec(model)).check_model()
+
+
+def test_the_error_names_the_file(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text(yaml.safe_dump(easyspec(calibration="x")))
+    with pytest.raises(ConfigError, match="^.*my.yaml: calibration='x'"):
+        EasySpecConfig.parse(path)
+
+
+def test_parse_wants_easyspec():
+    with pytest.raises(ConfigError, match="method='ngram' is not easyspec"):
+        EasySpecConfig.parse({"method": "ngram"})

