@@ -10,8 +10,8 @@ number of times; a method is never wrapped twice.
    whole configuration and the environment known before processes start. Remove when vLLM lets a plugin register a
    speculative method with its own fields and checks.
 3. `EngineArgs.create_speculative_config`. Cause: vLLM refuses a draft model whose vocabulary is the target's less
-   padding (Qwen2.5 32B and 72B with their small siblings), though its rejection sampler copes. Remove when vLLM
-   accepts such pairs.
+   padding (Qwen2.5 32B and 72B with their small siblings), though its rejection sampler copes; and 0.33 shortens the
+   target's context to its drafter's. Remove when vLLM accepts such pairs, and asks the speculator about lengths.
 """
 
 import os
@@ -42,13 +42,14 @@ _our_binding: str | None = None
 
 @config(repr=False)  # vLLM's own one-line repr
 class EasySpecSpeculativeConfig(SpeculativeConfig):
-    """vLLM's configuration with the vocabulary check moved to `support.check_vocabulary`.
-
-    That check runs once, after construction and outside pydantic, so that its error is one line.
-    """
+    """vLLM's configuration, less two assumptions about a draft model that don't hold for ours."""
 
     def verify_equal_vocab_size_if_draft_model(self) -> None:
-        pass
+        """Left to `support.check_vocabulary`, which runs after construction so that its error is one line."""
+
+    def draft_shares_target_positions(self) -> bool:
+        """vLLM 0.33 cuts the target's context down to its drafter's unless this is true; ours stops drafting there."""
+        return True
 
 
 def apply(version: str | None = None) -> bool:
@@ -59,10 +60,11 @@ def apply(version: str | None = None) -> bool:
     }
     if Support.of(version or vllm_version()) is not Support.UNSUPPORTED:
         wrappers["create_speculative_config"] = _teach_speculative_config
-    if all(is_patched(name) for name in wrappers):
+    present = [name for name in wrappers if name in EngineArgs.__dict__]  # an unsupported vLLM may lack one
+    if all(is_patched(name) for name in present):
         return False
-    for name, wrap in wrappers.items():
-        _patch(name, wrap)
+    for name in present:
+        _patch(name, wrappers[name])
     return True
 
 
@@ -74,10 +76,7 @@ def _patch(name: str, wrap: Callable[..., Any]) -> None:
     """Replace a method of `EngineArgs`. Raises RuntimeError where it is ours already."""
     if is_patched(name):
         raise RuntimeError(f"EngineArgs.{name} is patched already, and a second patch would wrap the first")
-    declared = EngineArgs.__dict__.get(name)
-    if declared is None:
-        return  # an unsupported vLLM without this method: nothing to refuse here
-    original = getattr(EngineArgs, name)
+    declared, original = EngineArgs.__dict__[name], getattr(EngineArgs, name)
     wrapped = wrap(original)
     wrapped._easyspec_original = original
     setattr(EngineArgs, name, staticmethod(wrapped) if isinstance(declared, staticmethod) else wrapped)

@@ -11,10 +11,15 @@ def register() -> None:
 
     On a vLLM that isn't supported only the refusal is installed, so that asking for easyspec gives one clear error.
     """
-    from vllm_easyspec import compat
-
+    supported = Support.of(vllm_version()) is not Support.UNSUPPORTED
+    try:
+        from vllm_easyspec import compat
+    except ImportError:
+        if supported:
+            raise
+        return  # a vLLM so different that not even the refusal fits must still start
     compat.apply()
-    if Support.of(vllm_version()) is not Support.UNSUPPORTED:
+    if supported:
         _register_drafter()
 
 

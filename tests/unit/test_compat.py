@@ -160,6 +160,13 @@ def test_the_configuration_survives_the_way_to_a_worker():
     assert repr(carried.speculative_config).startswith("SpeculativeConfig(method='draft_model'"), "vLLM's own repr"
 
 
+def test_a_drafter_with_a_shorter_context_does_not_shorten_the_targets(tmp_path):
+    config = engine_config(easyspec(model_folder(tmp_path / "short", max_position_embeddings=64)))
+    assert config.speculative_config.draft_model_config.max_model_len == 64
+    assert config.model_config.max_model_len == 256
+    assert config.speculative_config.draft_shares_target_positions(), "what vLLM 0.33 asks before it cuts"
+
+
 def test_different_options_hash_differently():
     hashes = {
         engine_config(easyspec(layer_parallel={"scope": scope})).compute_hash() for scope in ("attention", "block")

@@ -101,6 +101,14 @@ def test_the_ranks_hold_the_drafter_once(ranks, mlp):
     assert sum(memory.mlp for memory in memories) == copies
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_count_is_what_a_worker_reports(rank):
+    """A live engine's two ranks logged these for the tiny pair in float32, MLPs replicated."""
+    shape = DrafterShape.from_hf_config(AutoConfig.from_pretrained(DRAFTER))
+    memory = rank_memory(shape, LayerPlacement(shape.num_layers, 2), MlpPlacement.REPLICATE, rank, itemsize=4)
+    assert (memory.weights, memory.kv_per_token) == (7_020_544, 2_560)
+
+
 def test_schema(capsys):
     assert main(["schema"]) == 0
     schema = json.loads(capsys.readouterr().out)

@@ -163,6 +163,20 @@ parser.parse_args(["--speculative-config", sys.argv[3]])
 """
 
 
+def test_a_vllm_without_our_seams_still_starts(monkeypatch):
+    import vllm.version
+
+    import vllm_easyspec
+
+    plugin.register()
+    monkeypatch.delattr(vllm_easyspec, "compat")
+    monkeypatch.setitem(sys.modules, "vllm_easyspec.compat", None)
+    with pytest.raises(ImportError):
+        plugin.register()
+    monkeypatch.setattr(vllm.version, "__version__", "0.9.0")
+    plugin.register()
+
+
 def test_another_vllm_is_left_alone_until_easyspec_is_asked_for():
     done = run_python(OTHER_VERSION, "0.31.0", str(TARGET), json.dumps(easyspec()))
     unused, refused = done.stdout.splitlines()[-2:]

@@ -15,6 +15,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_gather,
     tensor_model_parallel_all_reduce,
 )
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -189,13 +190,20 @@ class LayerParallelDrafter(nn.Module):
         total = wide @ self.w_down[own].flatten(0, 1)
         if self.num_ranks > 1 and self.mlp is MlpPlacement.TENSOR:
             self.counters.mlp_collectives += 1
-            total = tensor_model_parallel_all_reduce(total)
+            total = self._sum_over_ranks(total)
         return total if self.b_down is None else total + self.b_down[own].sum(0)
 
     def _all_reduce_attention(self, outputs: torch.Tensor) -> torch.Tensor:
         """Every rank fills the rows of its own layers; adding zeros is exact, so all ranks get the owners' bits."""
         self.counters.attention_collectives += 1
         return tensor_model_parallel_all_reduce(outputs)
+
+    def _sum_over_ranks(self, part: torch.Tensor) -> torch.Tensor:
+        """The sum of every rank's part, the same bits on all of them."""
+        if part.device.type == "cpu" and self.num_ranks > 2:
+            # vLLM's all-reduce in shared memory (csrc/cpu/shm.cpp) starts each rank's sum with that rank's own part.
+            return tensor_model_parallel_all_gather(part.unsqueeze(0), dim=0).sum(0)
+        return tensor_model_parallel_all_reduce(part)
 
     def weight_bytes(self) -> int:
         """Bytes of weights on this rank."""
