@@ -24,7 +24,7 @@ from vllm_easyspec.batch import DraftBatch
 from vllm_easyspec.calibration import CalibrationScheduler, CalibrationStep
 from vllm_easyspec.config import Calibration, RuntimeOptions
 from vllm_easyspec.drafter.model import LayerParallelDrafter
-from vllm_easyspec.drafter.paged_kv import PagedKV, PagedPass, Sequences, UnpagedPass
+from vllm_easyspec.drafter.paged_kv import DrafterAttention, PagedKV, PagedPass, Sequences, UnpagedPass
 from vllm_easyspec.drafter.plan import SCOPES, LayerPlan, Scope
 from vllm_easyspec.metrics import DraftStatistics
 from vllm_easyspec.plugin import DRAFTER_ARCHITECTURE
@@ -277,7 +277,7 @@ class EasySpecSpeculator(DraftModelSpeculator):
             raise ValueError("the drafter's layers fall into several attention groups; they must share one backend")
         block_size = self.block_tables.block_sizes[self.cache_group]
         self.pages = PagedKV(
-            list(self.model.attention),
+            [layer for layer in self.model.attention if isinstance(layer, DrafterAttention)],
             attention_groups[0] if attention_groups else None,
             self.kv_cache_config.num_blocks,
             block_size,

@@ -72,6 +72,7 @@ class StandaloneDrafter:
             skip_tokenizer_init=True,
             dtype=dtype,  # type: ignore[arg-type]
             load_format=load_format,
+            use_tqdm_on_load=False,
             tensor_parallel_size=1,
             block_size=block_size,
             max_model_len=max_len,
@@ -211,7 +212,7 @@ def run_ranks(num_ranks: int, function: Callable, *args: Any, timeout_s: float =
             return _collect(results, deadline, timeout_s)
         finally:
             for process in processes:
-                process.kill()
+                process.kill()  # also where all went well: Triton would complain of leaks at an ordinary exit
             for process in processes:
                 process.join()
             # vLLM's ranks leave their shared memory behind.

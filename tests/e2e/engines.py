@@ -29,7 +29,7 @@ def mixed_prompts() -> list[str]:
 
 
 def greedy(max_tokens: int, **changes: Any) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **changes)
+    return SamplingParams(**(dict(temperature=0, max_tokens=max_tokens, ignore_eos=True) | changes))
 
 
 def token_ids(llm: LLM, prompts: list[str], params: Any) -> list[list[int]]:

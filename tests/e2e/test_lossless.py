@@ -13,6 +13,13 @@ PLANS = {
     "4-4-2": [4, 4, 2],
     "all": [LAYERS],
 }
+REQUESTS = {  # more of what a request can ask for
+    "penalties": dict(repetition_penalty=1.3, frequency_penalty=0.4, presence_penalty=0.2),
+    "bad-words": dict(bad_words=["list", "self"]),
+    "stop": dict(stop=[" of", "):"]),
+    "min-tokens": dict(ignore_eos=False, min_tokens=30, stop_token_ids=[200, 222]),
+    "logprobs": dict(logprobs=3, prompt_logprobs=2),
+}
 AUDIT_LIMIT = 1e-4  # float32; the tiny drafter's keys are of order 1 to 10
 
 
@@ -21,7 +28,31 @@ def expected() -> dict[str, list[list[int]]]:
     """The target alone, without speculation, on one rank."""
     with engine() as llm:
         prompts = mixed_prompts()
-        return {"short": token_ids(llm, prompts, greedy(40)), "long": token_ids(llm, prompts, greedy(180))}
+        return {
+            "short": token_ids(llm, prompts, greedy(40)),
+            "long": token_ids(llm, prompts, greedy(180)),
+            "length": token_ids(llm, prompts_near_the_end(llm), greedy(60)),
+            "requests": {name: answers(llm, changes) for name, changes in REQUESTS.items()},
+        }
+
+
+def prompts_near_the_end(llm) -> list[dict]:
+    """Prompts that leave from 1 to 16 tokens before the engine's longest sequence."""
+    ids = [token for prompt in mixed_prompts() for token in llm.get_tokenizer()(prompt)["input_ids"]]
+    longest = llm.llm_engine.vllm_config.model_config.max_model_len
+    return [{"prompt_token_ids": ids[: longest - room]} for room in (1, 2, 3, 5, 7, 16)]
+
+
+def answers(llm, changes: dict) -> list[tuple]:
+    """Token ids, text, reason of the end, and the log-probabilities where asked for."""
+    outs = llm.generate(mixed_prompts(), greedy(40, **changes), use_tqdm=False)
+    found = []
+    for out in outs:
+        best = out.outputs[0]
+        steps = (best.logprobs or []) + [step for step in out.prompt_logprobs or [] if step]
+        values = [(token, round(entry.logprob, 3)) for step in steps for token, entry in sorted(step.items())]
+        found.append((list(best.token_ids), best.text, best.finish_reason, values))
+    return found
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1rank", "2ranks"])
@@ -46,6 +77,24 @@ def test_every_k(llm, expected, num_drafts):
 def test_every_plan(llm, expected, scope, plan):
     configure(llm, scope=scope, group_sizes=PLANS[plan], num_speculative_tokens=5)
     assert token_ids(llm, mixed_prompts(), greedy(40)) == expected["short"]
+
+
+@pytest.mark.parametrize("request_kind", REQUESTS)
+def test_every_kind_of_request(llm, expected, request_kind):
+    configure(llm, scope="block", group_sizes=PLANS["1-4-4-1"], num_speculative_tokens=5)
+    found, wanted = answers(llm, REQUESTS[request_kind]), expected["requests"][request_kind]
+    assert [answer[:3] for answer in found] == [answer[:3] for answer in wanted]
+    for answer, original in zip(found, wanted, strict=True):
+        assert [token for token, _ in answer[3]] == [token for token, _ in original[3]]
+        assert [value for _, value in answer[3]] == pytest.approx([value for _, value in original[3]], abs=2e-3)
+
+
+def test_end_of_the_engines_context(llm, expected):
+    """K = 8 drafts reach past the longest sequence."""
+    configure(llm, scope="attention", group_sizes=PLANS["1-4-4-1"], num_speculative_tokens=8)
+    found = token_ids(llm, prompts_near_the_end(llm), greedy(60))
+    assert found == expected["length"]
+    assert [len(ids) for ids in found] == [1, 2, 3, 5, 7, 16]
 
 
 def test_preemption(llm, expected):

@@ -49,7 +49,8 @@ def ray_head():
     environment = os.environ | {
         "EASYSPEC_TEST_PLATFORM": "ray",
         "PYTHONPATH": str(HERE / "platforms") + os.pathsep + str(HERE),
-        "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+        "OMP_NUM_THREADS": "1",  # vLLM binds its own processes to cores, not Ray's
+        "RAY_worker_niceness": "0",
     }
     resources = json.dumps({"easyspec_rank": 2})
     command = [ray, "start", "--head", "--port=0", "--num-cpus=4", f"--resources={resources}", "--include-dashboard=false"]

@@ -40,8 +40,9 @@ def server():
     arguments = ["--speculative-config", str(CONFIG), "--tensor-parallel-size", str(RANKS), "--dtype", "float32"]
     arguments += ["--max-model-len", str(MAX_LEN), "--max-num-seqs", "16", "--max-num-batched-tokens", "256"]
     arguments += ["--kv-cache-memory-bytes", "64M", "--enforce-eager"]
-    # The tiny target likes blank space, of which JSON may hold any amount.
-    arguments += ["--structured-outputs-config", '{"backend": "guidance", "disable_any_whitespace": true}']
+    # JSON may hold any amount of blank space, and the tiny target likes it. vLLM's other backend, guidance, allows one
+    # way only to cut forced text into tokens, so that a grammar's first choice would not be the target's.
+    arguments += ["--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
     with serving.serve(TARGET, *arguments) as server:
         yield server
         assert server.process.poll() is None, f"the server ended by itself:\n{server.last_lines()}"
@@ -119,11 +120,12 @@ def test_completions_are_the_targets(client, target):
 
 
 def test_streamed_chat(client, target, tokenizer):
-    whole = chat(client, extra_body={"return_token_ids": True})
-    assert whole.choices[0].message.content == tokenizer.decode(whole.choices[0].token_ids)
+    extra = {"return_token_ids": True, "ignore_eos": True}
+    whole = chat(client, extra_body=extra)
+    assert whole.choices[0].message.content == tokenizer.decode(whole.choices[0].token_ids, skip_special_tokens=True)
     assert_greedy(target, whole.prompt_token_ids, whole.choices[0].token_ids)
 
-    chunks = list(chat(client, stream=True, stream_options={"include_usage": True}))
+    chunks = list(chat(client, stream=True, stream_options={"include_usage": True}, extra_body=extra))
     pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
     assert "".join(pieces) == whole.choices[0].message.content
     written = sum(bool(piece) for piece in pieces)
@@ -140,12 +142,6 @@ def test_two_answers_with_a_seed(client):
     assert len(first) == 2 and first[0] != first[1]
     assert two(seed=7) == first
     assert two(seed=8) != first
-
-
-def test_two_greedy_answers(client, target):
-    one, other = complete(client, n=2).choices
-    assert one.token_ids == other.token_ids
-    assert_greedy(target, one.prompt_token_ids, one.token_ids)
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0}, {"temperature": 1, "seed": 11}])
@@ -183,13 +179,14 @@ def test_prompt_logprobs(client, target):
 def test_stop_string(client):
     """A stop string that ends in the middle of a token, and most likely of a round."""
     text = complete(client, max_tokens=64).choices[0].text
-    stop = text[60:67]
+    stop = text[40:47]
     cut = text.index(stop)
     for included in (False, True):
-        choice = complete(client, stop=[stop], extra_body={"include_stop_str_in_output": included}).choices[0]
+        extra = {"include_stop_str_in_output": included}
+        choice = complete(client, max_tokens=64, stop=[stop], extra_body=extra).choices[0]
         assert choice.text == text[: cut + len(stop) * included]
         assert (choice.finish_reason, choice.stop_reason) == ("stop", stop)
-    streamed = complete(client, stop=[stop], stream=True)
+    streamed = complete(client, max_tokens=64, stop=[stop], stream=True)
     assert "".join(chunk.choices[0].text for chunk in streamed) == text[:cut]
 
 
@@ -265,34 +262,33 @@ def test_parallel_clients(server, client):
 
 def test_abandoned_stream(server, client):
     expected = complete(client).choices[0].token_ids
-    aborted = metric(server, "vllm:request_success_total", finished_reason="abort")
-    stream = complete(client, max_tokens=400, stream=True)
+    generated = metric(server, "vllm:generation_tokens_total")
+    stream = complete(client, max_tokens=450, stream=True)
     for _ in range(3):
         next(stream)
+    assert metric(server, "vllm:num_requests_running") == 1
     stream.close()
-    assert eventually(lambda: metric(server, "vllm:request_success_total", finished_reason="abort") == aborted + 1)
     assert eventually(lambda: metric(server, "vllm:num_requests_running") == 0)
+    assert eventually(lambda: metric(server, "vllm:kv_cache_usage_perc") == 0)
+    assert 0 < metric(server, "vllm:generation_tokens_total") - generated < 450, "it was not aborted"
     assert complete(client).choices[0].token_ids == expected
 
 
-def test_up_to_the_longest_context(client, target):
-    """The last rounds would draft past the end."""
-    prompt = [token % 500 for token in range(7, 7 + MAX_LEN - 40)]
-    choice = complete(client, prompt, max_tokens=40).choices[0]
-    assert choice.finish_reason == "length" and len(choice.token_ids) == 40
+@pytest.mark.parametrize("room", [40, 3, 1])
+def test_up_to_the_longest_context(client, target, room):
+    """The last rounds draft past the end; vLLM cuts the answer there."""
+    prompt = [token % 500 for token in range(7, 7 + MAX_LEN - room)]
+    choice = complete(client, prompt, max_tokens=room + 5).choices[0]
+    assert choice.finish_reason == "length" and len(choice.token_ids) == room
     assert_greedy(target, prompt, choice.token_ids)
 
 
-@pytest.mark.parametrize(
-    ("prompt_len", "max_tokens", "complaint"),
-    [
-        (MAX_LEN + 1, 1, f"maximum context length is {MAX_LEN}"),
-        (MAX_LEN - 8, 9, f"maximum context length is {MAX_LEN}"),
-    ],
-)
-def test_beyond_the_longest_context(client, prompt_len, max_tokens, complaint):
-    with pytest.raises(openai.BadRequestError, match=complaint):
-        complete(client, [5] * prompt_len, max_tokens=max_tokens)
+def test_beyond_the_longest_context(server, client):
+    with pytest.raises(
+        openai.BadRequestError, match=f"maximum context length is {MAX_LEN}.*{MAX_LEN + 1} input tokens"
+    ):
+        complete(client, [5] * (MAX_LEN + 1), max_tokens=1)
+    assert server.is_healthy()
 
 
 @pytest.mark.parametrize(
@@ -325,6 +321,7 @@ def test_metrics(server, client):
         per_position = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
         return totals + [metric(server, per_position, position=str(index)) for index in range(K)]
 
+    assert eventually(lambda: metric(server, "vllm:num_requests_running") == 0)
     before = counters()
     server.rpc("easyspec_stats", reset=True)
     complete(client, SOURCES[2], max_tokens=97)

@@ -1,0 +1,138 @@
+"""Targets of many kinds, made from the trained tiny pair, so that the drafter's guesses are often right.
+
+Each function writes a checkpoint into a new folder and returns the folder.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from engines import DRAFTER, TARGET
+from safetensors.torch import load_file, save_file
+
+WINDOW = 48  # tokens; shorter than most of `engines.mixed_prompts` with their answers
+
+Tensors = dict[str, torch.Tensor]
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], Tensors]:
+    return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+
+
+def _write(folder: Path, config: dict[str, Any], tensors: Tensors) -> Path:
+    folder.mkdir(parents=True)
+    kept = {name: value for name, value in config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(kept))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(TARGET / name, folder)
+    return folder
+
+
+def _noise(like: torch.Tensor, size: float, generator: torch.Generator) -> torch.Tensor:
+    noise = torch.randn(like.shape, generator=generator) * (size * like.float().std())
+    return noise.to(like.dtype)
+
+
+def mixtral(folder: Path, experts: int = 4) -> Path:
+    """A Mixtral whose experts are the dense target's MLPs, each with noise of its own."""
+    config, dense = _read(TARGET)
+    generator = torch.Generator().manual_seed(1)
+    tensors: Tensors = {}
+    for name, tensor in dense.items():
+        layer, is_mlp, projection = name.partition(".mlp.")
+        if not is_mlp:
+            tensors[name] = tensor
+            continue
+        moe = f"{layer}.block_sparse_moe"
+        expert_name = {"gate_proj.weight": "w1", "down_proj.weight": "w2", "up_proj.weight": "w3"}[projection]
+        for expert in range(experts):
+            noisy = tensor + _noise(tensor, 0.1, generator)
+            tensors[f"{moe}.experts.{expert}.{expert_name}.weight"] = noisy
+        tensors[f"{moe}.gate.weight"] = torch.randn(experts, config["hidden_size"], generator=generator).bfloat16()
+    changes = {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": experts,
+        "num_experts_per_tok": 2,
+        "sliding_window": None,
+    }
+    return _write(folder, config | changes, tensors)
+
+
+def windowed(folder: Path, like: Path = DRAFTER, window: int = WINDOW) -> Path:
+    """The same weights as a Mistral whose layers all look back `window` tokens."""
+    config, tensors = _read(like)
+    changes = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": window}
+    return _write(folder, config | changes, tensors)
+
+
+def int8(folder: Path) -> Path:
+    """Weights and activations in 8 bits (compressed-tensors): a scale a row of weights, and one a token."""
+    config, dense = _read(TARGET)
+    tensors: Tensors = {}
+    for name, tensor in dense.items():
+        if not name.endswith("_proj.weight"):
+            tensors[name] = tensor
+            continue
+        scale = tensor.float().abs().amax(dim=1, keepdim=True) / 127
+        tensors[name] = (tensor.float() / scale).round().clamp(-127, 127).to(torch.int8)
+        tensors[f"{name}_scale"] = scale
+    eight_bits = {"num_bits": 8, "type": "int", "symmetric": True}
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": eight_bits | {"strategy": "channel", "dynamic": False},
+                "input_activations": eight_bits | {"strategy": "token", "dynamic": True},
+            }
+        },
+    }
+    return _write(folder, config | {"quantization_config": quantization}, tensors)
+
+
+def nudged(folder: Path) -> Path:
+    """The target with other weights: what a later step of training might give."""
+    config, tensors = _read(TARGET)
+    generator = torch.Generator().manual_seed(2)
+    changed = {name: tensor + _noise(tensor, 0.2, generator) for name, tensor in tensors.items()}
+    return _write(folder, config, changed)
+
+
+def _adapted(config: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
+    """Name, inputs and outputs of the target's projections that the adapter changes."""
+    hidden, head = config["hidden_size"], config["head_dim"]
+    sizes = {"q_proj": config["num_attention_heads"] * head, "v_proj": config["num_key_value_heads"] * head}
+    for layer in range(config["num_hidden_layers"]):
+        for name, size in sizes.items():
+            yield f"model.layers.{layer}.self_attn.{name}", hidden, size
+
+
+def adapter(folder: Path, rank: int = 8) -> Path:
+    """A random LoRA adapter for the target, strong enough to change its answers."""
+    config, _ = _read(TARGET)
+    generator = torch.Generator().manual_seed(3)
+    tensors: Tensors = {}
+    for name, inputs, outputs in _adapted(config):
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(rank, inputs, generator=generator) * 0.1
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(outputs, rank, generator=generator) * 0.1
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": ["q_proj", "v_proj"],
+        "bias": "none",
+        "base_model_name_or_path": str(TARGET),
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
