@@ -4,7 +4,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from vllm_easyspec.config import ConfigError, EasySpecConfig
 from vllm_easyspec.versions import UnsupportedVllmError
@@ -26,6 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_doctor(commands)
     _add_schema(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -61,6 +63,62 @@ def _add_schema(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def _schema(args: argparse.Namespace) -> None:
     print(json.dumps(EasySpecConfig.model_json_schema(), indent=2))
+
+
+def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    benchmarks = commands.add_parser("bench", help="time the drafter").add_subparsers(dest="benchmark", required=True)
+    step = benchmarks.add_parser(
+        "draft-step", help="one step of the drafter alone, in real ranks with real pages: fuzzy plans against precise"
+    )
+    step.add_argument("--drafter", metavar="PATH", required=True, help="a checkpoint's folder")
+    step.add_argument("--ranks", metavar="T", type=int, default=1, help="tensor-parallel processes (default: 1)")
+    step.add_argument(
+        "--plans", metavar="SIZES", type=_integers("-"), nargs="+", help="such as 1-4-4-1 1-8-1 (default: groups of 4)"
+    )
+    step.add_argument("--batch", metavar="B,...", type=_integers(","), default=[1, 4, 8, 32])
+    step.add_argument("--context", metavar="N,...", type=_integers(","), default=[256, 2048])
+    step.add_argument("--dtype", default="float32", choices=["bfloat16", "float16", "float32"])
+    step.add_argument("--load-format", default="auto", help="vLLM's, such as dummy for random weights")
+    step.add_argument("--mlp", default="auto", choices=["auto", "tensor", "replicate"])
+    step.add_argument("--repetitions", type=int, default=60)
+    step.add_argument("--json", metavar="FILE", help="keep the result here")
+    step.set_defaults(run=_bench_draft_step)
+
+
+def _integers(separator: str) -> Callable[[str], list[int]]:
+    def integers(text: str) -> list[int]:
+        return [int(part) for part in text.split(separator)]
+
+    return integers
+
+
+def _bench_draft_step(args: argparse.Namespace) -> None:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm_easyspec.bench.draft_step import measure
+    from vllm_easyspec.bench.report import surroundings
+
+    rows = measure(
+        args.drafter,
+        args.ranks,
+        args.plans,
+        args.batch,
+        args.context,
+        dtype=args.dtype,
+        load_format=args.load_format,
+        mlp=args.mlp,
+        repetitions=args.repetitions,
+    )
+    settings = {key: value for key, value in vars(args).items() if key not in ("run", "json")}
+    result = surroundings(" ".join(["vllm-easyspec", *sys.argv[1:]])) | {"settings": settings, "rows": rows}
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    print("scope     | plan      | ranks | batch | context | step ms | precise ms | speedup | floor ms")
+    for row in rows:
+        plan = "-".join(map(str, row["group_sizes"]))
+        print(
+            f"{row['scope']:9} | {plan:9} | {row['ranks']:5} | {row['batch']:5} | {row['context']:7} | "
+            f"{row['step_ms']:7.3f} | {row['precise_ms']:10.3f} | {row['speedup']:7.2f} | {row['floor_ms']:8.3f}"
+        )
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def launch_both(name, grid, *args, **kwargs):
             )
 
 
-@pytest.fixture(params=range(3))
+@pytest.fixture(params=range(2))
 def rng(request):
     return np.random.default_rng(request.param)
 
@@ -383,11 +383,19 @@ def rows(rng):
     return dict(idx_mapping=idx_mapping, temperature=temperature, seeds=seeds, pos=pos)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("fp64", [False, True])
-@pytest.mark.parametrize("drafting", [False, True])
-@pytest.mark.parametrize("per_token", [None, False, True])
+@pytest.mark.parametrize(
+    "dtype, fp64, drafting, per_token",
+    [
+        (torch.float32, False, False, None),
+        (torch.float32, False, True, False),
+        (torch.float32, True, False, True),
+        (torch.bfloat16, False, False, None),
+        (torch.bfloat16, False, True, True),
+        (torch.bfloat16, True, True, False),
+    ],
+)
 def test_gumbel_sample(rng, rows, dtype, fp64, drafting, per_token):
+    """`per_token`: whether each row has its own column in the cache of logits; None without a cache."""
     logits, num_blocks = logits_of(rng, 5, dtype=dtype), -(-VOCAB // 1024)
     rows["idx_mapping"][4] = -1
     cache = column = None
@@ -654,3 +662,16 @@ def test_rejection_sample(rng, rows, compared, monkeypatch, dtype, vocab, draft_
     if method != "synthetic":
         assert num_sampled[1] == 1 + K and num_sampled[4] == 3 and num_sampled[2] == 1
         assert (sampled[1, :K] == drafts[starts[1] + 1 : starts[2]]).all()
+
+
+def test_another_vllm_keeps_its_kernels_interpreted(monkeypatch):
+    """A kernel of another version may compute something else behind the same parameters."""
+    import vllm.version
+
+    installed = []
+    monkeypatch.setattr(plain, "install", lambda: installed.append(True))
+    vllm_plugin.register()
+    assert installed == [True]
+    monkeypatch.setattr(vllm.version, "__version__", "0.33.0")
+    vllm_plugin.register()
+    assert installed == [True]

@@ -254,8 +254,9 @@ def reject(
     USE_BLOCK_VERIFICATION: bool,
 ) -> None:
     """`_rejection_kernel`: per request, the drafts up to the one verification ends at, which is stored too (at
-    temperature 0 the target's argmax in its place), the number accepted, and the log-sum-exps of the row after the
-    accepted ones (0 at temperature 0 and where no draft was looked at). A -1 draft is a placeholder, always rejected.
+    temperature 0 the target's argmax in its place), the number accepted, and the log-sum-exps of the last row looked
+    at, or with block verification of the rejected one (0 at temperature 0 and where there is no such row). A -1 draft
+    is a placeholder, always rejected.
     """
     sampled, starts, drafts = sampled_ptr.numpy(), cu_num_logits_ptr.tolist(), draft_sampled_ptr.tolist()
     argmaxes, maxes = target_local_argmax_ptr.numpy(), target_local_max_ptr.numpy()

@@ -64,7 +64,7 @@ def _log1p_neg(u: np.ndarray) -> np.ndarray:
 
 def block_argmax(values: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray]:
     """[..., n] -> the index in n and the value of each block's maximum, [..., num_blocks] both. NaN never wins."""
-    blocks = np.fmax(in_blocks(values, block_size, -np.inf), -np.inf)
+    blocks = np.fmax(in_blocks(values, min(block_size, values.shape[-1]), -np.inf), -np.inf)
     index = blocks.argmax(axis=-1)
     value = np.take_along_axis(blocks, index[..., None], axis=-1)[..., 0]
     return index + np.arange(blocks.shape[-2]) * block_size, value

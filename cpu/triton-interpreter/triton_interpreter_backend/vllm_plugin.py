@@ -5,6 +5,9 @@ import os
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+# The implementations follow this vLLM's kernels to the bit; another version's may differ behind the same parameters.
+WRITTEN_FOR = "0.32."
+
 
 def register() -> None:
     """Cast masks, and launch plain implementations where there are any. Idempotent.
@@ -13,9 +16,11 @@ def register() -> None:
     fault in an implementation.
     """
     _cast_masks()
+    import vllm.version
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu() and os.environ.get("TRITON_INTERPRETER_PLAIN_KERNELS", "1") != "0":
+    wanted = os.environ.get("TRITON_INTERPRETER_PLAIN_KERNELS", "1") != "0"
+    if wanted and current_platform.is_cpu() and vllm.version.__version__.startswith(WRITTEN_FOR):
         from . import plain, plain_batch, plain_logits, plain_rejection, plain_sampling  # noqa: F401 (they fill its table)
 
         plain.install()

@@ -1,0 +1,1 @@
+"""`vllm-easyspec bench`: timing, apart from tests."""

@@ -1,0 +1,156 @@
+"""`bench draft-step`: a step of the drafter alone, fuzzy plans against the precise one, in real ranks with real pages.
+
+Both arms are the same code on the same weights and pages; they differ in the plan. Plans take turns, step by step, so
+that drift of the machine meets all alike. A step is a token for each of `batch` requests at the end of `context` tokens:
+sequences, forward pass, logits, arg-max. It lasts until the slowest rank is done.
+"""
+
+import time
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from vllm.distributed import get_tp_group
+
+from vllm_easyspec.config import LayerParallelConfig, RuntimeOptions
+from vllm_easyspec.drafter.plan import LayerPlan, Scope
+from vllm_easyspec.standalone import StandaloneDrafter, run_ranks
+
+BANDWIDTH_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Case:
+    """A plan under a scope; the precise plan has no scope worth telling."""
+
+    plan: LayerPlan
+    scope: Scope
+
+
+def measure(
+    drafter: str,
+    ranks: int,
+    plans: list[list[int]] | None,
+    batches: list[int],
+    contexts: list[int],
+    *,
+    dtype: str = "float32",
+    load_format: str = "auto",
+    mlp: str = "auto",
+    repetitions: int = 60,
+) -> list[dict[str, Any]]:
+    """Rows with the keys `scope, group_sizes, ranks, batch, context, step_ms, precise_ms, speedup, floor_ms` and more.
+
+    plans: group sizes of each plan, the default plan where None; times are medians in milliseconds.
+    """
+    arguments = (drafter, plans, batches, contexts, dtype, load_format, mlp, repetitions)
+    by_rank = run_ranks(ranks, _measure_rank, *arguments, timeout_s=1800)
+    return [_slowest(rows) for rows in zip(*by_rank, strict=True)]
+
+
+def _slowest(rows: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+    """One row of what each rank saw: the collectives make the ranks wait for one another, so they differ little."""
+    step, precise = max(row["step_ms"] for row in rows), max(row["precise_ms"] for row in rows)
+    floor = max(row["floor_ms"] for row in rows)
+    return rows[0] | {
+        "step_ms": round(step, 4),
+        "precise_ms": round(precise, 4),
+        "speedup": round(precise / step, 3),
+        "bytes": max(row["bytes"] for row in rows),
+        "floor_ms": round(floor, 4),
+        "floor_share": round(floor / step, 3),
+    }
+
+
+def _measure_rank(
+    path: str,
+    plans: list[list[int]] | None,
+    batches: list[int],
+    contexts: list[int],
+    dtype: str,
+    load_format: str,
+    mlp: str,
+    repetitions: int,
+) -> list[dict[str, Any]]:
+    options = RuntimeOptions(layer_parallel=LayerParallelConfig(mlp=mlp))  # type: ignore[arg-type]
+    drafter = StandaloneDrafter(
+        path,
+        options,
+        dtype=dtype,
+        load_format=load_format,
+        max_num_reqs=max(batches),
+        max_len=max(contexts) + 32,
+    )
+    layers = drafter.model.shape.num_layers
+    chosen = [LayerPlan.of_sizes(layers, sizes) for sizes in plans] if plans else [options.layer_parallel.plan(layers)]
+    cases = [Case(plan, scope) for plan in chosen for scope in ("attention", "block")]  # type: ignore[arg-type]
+    precise = Case(drafter.precise, "attention")
+    bandwidth = _read_bandwidth(drafter.device)
+    rows = []
+    for batch in batches:
+        for context in contexts:
+            drafter.rewind([context] * batch)
+            times = _interleaved(drafter, [precise, *cases], batch, repetitions)
+            moved = _bytes_a_step(drafter, batch, context)
+            for case in cases:
+                rows.append(
+                    {
+                        "scope": case.scope,
+                        "group_sizes": list(case.plan.group_sizes),
+                        "ranks": drafter.model.num_ranks,
+                        "batch": batch,
+                        "context": context,
+                        "mlp": drafter.model.mlp.value,
+                        "step_ms": 1e3 * times[case],
+                        "precise_ms": 1e3 * times[precise],
+                        "bytes": moved,
+                        "floor_ms": 1e3 * moved / bandwidth,
+                    }
+                )
+    return rows
+
+
+def _interleaved(drafter: StandaloneDrafter, cases: list[Case], batch: int, repetitions: int) -> dict[Case, float]:
+    """Median seconds of a step of each case; the first fifth warms up."""
+    ids = torch.arange(batch, device=drafter.device) % drafter.model.shape.vocab_size
+    times: dict[Case, list[float]] = {case: [] for case in cases}
+    for repetition in range(repetitions + repetitions // 5):
+        for case in cases:
+            get_tp_group().barrier()
+            _synchronize(drafter.device)
+            began = time.perf_counter()
+            hidden = drafter.run(ids, drafter.sequences([1] * batch), case.plan, case.scope)
+            drafter.logits(hidden).argmax(-1)
+            _synchronize(drafter.device)
+            if repetition >= repetitions // 5:
+                times[case].append(time.perf_counter() - began)
+    return {case: median(seconds) for case, seconds in times.items()}
+
+
+def _bytes_a_step(drafter: StandaloneDrafter, batch: int, context: int) -> int:
+    """What a rank must read from memory in a step: its weights but for the embedding's unused rows, and the K/V."""
+    model = drafter.model
+    embedding = model.embed_tokens.weight
+    unused = 0 if model.shape.tied_embeddings else embedding.nbytes
+    a_token = 2 * model.shape.kv_size * embedding.element_size() * len(model.local_layers)
+    return model.weight_bytes() - unused + batch * context * a_token
+
+
+def _read_bandwidth(device: torch.device) -> float:
+    """Bytes a second that this rank reads from memory while all ranks do; the best of five."""
+    data = torch.ones(BANDWIDTH_BYTES // 4, dtype=torch.float32, device=device)
+    best = float("inf")
+    for _ in range(5):
+        get_tp_group().barrier()
+        _synchronize(device)
+        began = time.perf_counter()
+        data.sum()
+        _synchronize(device)
+        best = min(best, time.perf_counter() - began)
+    return BANDWIDTH_BYTES / best
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
