@@ -1,6 +1,6 @@
-"""The tiny pair end to end: `vllm serve` with easyspec, asked through the `openai` client, compared with plain decoding.
+"""The tiny pair end to end: `vllm serve` with easyspec, asked through the `openai` client.
 
-Exits with 0 if the texts are those of the target decoding alone, token by token.
+Exits with 0 if the texts equal those of a second server, in which the target decodes alone.
 """
 
 import argparse

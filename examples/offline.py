@@ -1,4 +1,7 @@
-"""A batch through `LLM.generate`, without a server: the tiny pair on one rank, or on as many as the first argument says."""
+"""A batch through `LLM.generate`, without a server.
+
+usage: offline.py [ranks]
+"""
 
 import sys
 from pathlib import Path

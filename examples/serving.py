@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import openai
 
 
 class ServerError(RuntimeError):
-    """The server didn't start; the message holds the last lines of its log."""
+    """The server didn't start, or failed later; the message holds the last lines of its log."""
 
 
 class Server:
@@ -76,12 +76,13 @@ def serve(
 ) -> Iterator[Server]:
     """Run `vllm serve MODEL ARGUMENTS` for the length of a `with` block.
 
-    Raises `ServerError` where it ends or stays silent for `patience` seconds instead of answering.
+    Raises `ServerError` where it ends or stays silent for `patience` seconds, or where it fails a request of the block.
     """
     port = _free_port()
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), *arguments]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", Server.model]
     settings = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    grace = 1  # seconds for each polite way to stop it; while it starts, vLLM heeds none
     with tempfile.NamedTemporaryFile("w", prefix="vllm-serve-", suffix=".log") as log:
         process = subprocess.Popen(
             command,
@@ -94,9 +95,12 @@ def serve(
         try:
             server = Server(process, port, Path(log.name))
             _wait_until_healthy(server, patience)
+            grace = 10
             yield server
+        except (openai.APIConnectionError, openai.InternalServerError) as error:
+            raise ServerError(f"vllm serve failed a request: {error}\n{server.last_lines()}") from error
         finally:
-            _stop(process)
+            _stop(process, grace)
 
 
 def _free_port() -> int:
@@ -115,16 +119,31 @@ def _wait_until_healthy(server: Server, patience: float) -> None:
         time.sleep(0.2)
 
 
-def _stop(process: subprocess.Popen) -> None:
-    """Ask the server to end, then end what is left of its process group. Never raises for a server that has ended."""
-    process.terminate()
+def _stop(process: subprocess.Popen, grace: float) -> None:
+    """Ask the server to end, then all of its processes, `grace` seconds each, then end what is left."""
+    group = process.pid
     try:
-        process.wait(timeout=30)
-    except subprocess.TimeoutExpired:
-        pass
+        for ask in (process.terminate, lambda: os.killpg(group, signal.SIGTERM)):
+            ask()
+            if _has_ended(process, grace):
+                return
+    except ProcessLookupError:
+        pass  # the last one has just gone
     finally:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # nobody was left
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
         process.wait()
+
+
+def _has_ended(process: subprocess.Popen, seconds: float) -> bool:
+    """Whether the server and its group end within the time. The last are Python's resource trackers, which clean up."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            process.poll()
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return True
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.1)
