@@ -1,4 +1,4 @@
-"""Tokens a round, acceptance by position, and stage times of the tiny pair, for several plans in one engine a rank count.
+"""Tokens a round, acceptance by position, and stage times of the tiny pair: several plans in one engine a rank count.
 
 Held-out text (the files that training left out, `examples/tiny-pair/report.json`), greedy, float32, one request at a
 time. Plans take turns, repetition by repetition; times are medians over all rounds. Every output is compared with the
@@ -7,16 +7,14 @@ precise plan's. JSON last; --json FILE keeps it.
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import sysconfig
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
 from vllm import LLM, SamplingParams
+
+from vllm_easyspec.bench.report import surroundings
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIR = ROOT / "examples" / "tiny-pair"
@@ -104,24 +102,14 @@ def main() -> None:
         by_position = " ".join(f"{a:.2f}" for a in r["acceptance"])
         times = " | ".join(f"{r[key]:.2f}" for key in ("calibrate_ms", "step_ms", "verify_ms"))
         print(f"| {r['ranks']} | {r['plan']} | {r['tokens_a_round']:.2f} | {by_position} | {times} |")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    result = {
-        "command": " ".join(["benchmarks/rounds.py", *sys.argv[1:]]),
-        "commit": commit,
-        "versions": {name: version(name) for name in ("vllm", "torch", "transformers", "triton")},
-        "hardware": {"cpu": cpu_name(), "cores": os.cpu_count(), "machine": platform.machine()},
-        "settings": {"prompts": len(prompts), "num_speculative_tokens": DRAFTS, **vars(args)},
+    result = surroundings(" ".join(["benchmarks/rounds.py", *sys.argv[1:]])) | {
+        "settings": {"num_speculative_tokens": DRAFTS, **vars(args)},
         "rows": rows,
     }
     text = json.dumps(result, indent=1, default=str)
     if args.json:
         args.json.write_text(text + "\n")
     print(text)
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from vllm_easyspec.drafter.paged_kv import DrafterAttention, PagedKV, PagedPass,
 from vllm_easyspec.drafter.plan import SCOPES, LayerPlan, Scope
 from vllm_easyspec.metrics import DraftStatistics
 from vllm_easyspec.plugin import DRAFTER_ARCHITECTURE
+from vllm_easyspec.support import check_attention_backend
 
 logger = init_logger("vllm.easyspec")
 
@@ -247,14 +248,23 @@ class EasySpecSpeculator(DraftModelSpeculator):
             self.vllm_config, model_config=model_config, quant_config=None, parallel_config=parallel_config
         )
         self.draft_vllm_config = spec.apply_draft_overrides(config)
-        return get_model(vllm_config=self.draft_vllm_config, prefix="draft_model", load_config=spec.draft_load_config)
+        model = get_model(vllm_config=self.draft_vllm_config, prefix="draft_model", load_config=spec.draft_load_config)
+        for layer in model.attention:
+            check_attention_backend(layer.attn_backend.get_name())
+        return model
 
     @property
     def attn_vllm_config(self) -> VllmConfig:
-        """For the virtual batch's metadata builders: whole heads, and a sequence for each layer of a request."""
+        """For the virtual batch's metadata builders: whole heads, a sequence for each layer of a request, no graphs.
+
+        With full CUDA graphs FlashAttention's builder keeps its schedule in one buffer, and a pass over groups of two
+        sizes needs two schedules at once. The drafter runs eagerly.
+        """
         config = copy.copy(self.draft_vllm_config)
         config.scheduler_config = copy.copy(config.scheduler_config)
         config.scheduler_config.max_num_seqs = self.max_num_reqs * max(1, len(self.model.local_layers))
+        config.compilation_config = copy.copy(config.compilation_config)
+        config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         return config
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:

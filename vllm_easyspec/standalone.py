@@ -1,8 +1,8 @@
 """A drafter without an engine: real tensor-parallel processes, vLLM's own loader, paged cache and attention backend.
 
-For tests and for timing a draft step. `run_ranks` starts the ranks; in each, `StandaloneDrafter` does what vLLM's worker
-and `EasySpecSpeculator` do at start, for a drafter that has no target beside it. All ranks must make the same calls:
-every pass has collectives.
+For tests and for timing a draft step. `run_ranks` starts the ranks; in each, `StandaloneDrafter` does what vLLM's
+worker and `EasySpecSpeculator` do at start, for a drafter that has no target beside it. All ranks must make the same
+calls: every pass has collectives.
 """
 
 import copy
@@ -12,6 +12,7 @@ import os
 import pickle
 import signal
 import tempfile
+import threading
 import time
 import traceback
 import uuid
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tqdm import tqdm
 from vllm import EngineArgs
 from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import destroy_distributed_environment, destroy_model_parallel, get_tp_group
@@ -101,7 +103,8 @@ class StandaloneDrafter:
         specs_of_holders = [spec for spec in specs if spec]  # the first ranks
         if group.rank_in_group >= len(specs_of_holders):
             return None
-        backends = [layer.get_attn_backend() for layer in self.model.attention]
+        layers: list[Any] = list(self.model.attention)
+        backends = [layer.get_attn_backend() for layer in layers]
         resolve_kv_cache_layout(self.config, [[layout.name for layout in get_supported_kv_cache_layouts(backends)]])
         # The override of the number of blocks decides, not the memory.
         configs = get_kv_cache_configs(self.config, specs_of_holders, [1 << 40] * len(specs_of_holders))
@@ -204,8 +207,7 @@ def run_ranks(num_ranks: int, function: Callable, *args: Any, timeout_s: float =
             for rank, cpus in enumerate(_cpus_by_rank(num_ranks)):
                 result, sender = context.Pipe(duplex=False)
                 process = context.Process(target=_rank_main, args=(rank, group, cpus, sender, function, args))
-                with _environment({"OMP_NUM_THREADS": str(len(cpus))} if cpus else {}):
-                    process.start()
+                process.start()
                 sender.close()
                 processes.append(process)
                 results.append(result)
@@ -246,8 +248,10 @@ def _rank_main(
 ) -> None:
     """A rank's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the ranks
+    tqdm.set_lock(threading.RLock())  # its own lock is a semaphore, which the end of this process would leave behind
     if cpus:
         os.sched_setaffinity(0, cpus)
+        torch.set_num_threads(len(cpus))
     try:
         with _tensor_parallel(rank, group):
             gc.freeze()  # loading a model collects garbage; what has been imported is none
@@ -287,18 +291,3 @@ def _cpus_by_rank(num_ranks: int) -> list[list[int]]:
         return [[] for _ in range(num_ranks)]
     lists = cpu_lists(num_ranks, usable_cpus(num_ranks)).split("|")
     return [[int(cpu) for cpu in cpus.split(",")] for cpus in lists]
-
-
-@contextmanager
-def _environment(changes: dict[str, str]) -> Iterator[None]:
-    """`os.environ` with changes, for the processes started meanwhile."""
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

@@ -1,7 +1,7 @@
 """What an engine must be like for easyspec: each thing that can't work is refused by name, before a model is loaded.
 
-The table holds what can be known from vLLM's configuration. What only shows once the K/V cache is laid out (one group,
-a layer-compact layout, the attention backend) is checked by the worker.
+The table holds what can be known from vLLM's configuration. What only shows later (the attention backend that vLLM
+chose, one cache group, pages one layer after another) is checked by the worker.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 # K/V types whose pages a drafter can share: no scales, no packing.
 PLAIN_KV_TYPES = {"auto", "float16", "bfloat16"}
+
+# Attention backends that take the drafter's virtual batch. Others keep the state of one batch in their builder, where a
+# pass needs that of groups of several sizes at once, or index by the number of blocks of one layer, or were not read.
+ATTENTION_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 
 # Where no tokenizer can be asked, a shorter drafter vocabulary is taken for padding below this many rows. Checkpoints
 # are padded to a multiple of at most 256 a side; Qwen2.5's vocabularies differ by 128.
@@ -37,7 +41,10 @@ class Refusal:
     why_and_remedy: str
 
     def message(self, config: "VllmConfig") -> str:
-        return f"{self.setting}={self.value(config)!r} is not supported with method: {METHOD}: {self.why_and_remedy}"
+        return self.describe(self.value(config))
+
+    def describe(self, value: object) -> str:
+        return f"{self.setting}={value!r} is not supported with method: {METHOD}: {self.why_and_remedy}"
 
 
 def _above_one(setting: str, why_and_remedy: str) -> Refusal:
@@ -49,6 +56,33 @@ def _above_one(setting: str, why_and_remedy: str) -> Refusal:
         why_and_remedy,
     )
 
+
+def _chosen_backend(config: "VllmConfig") -> str | None:
+    """The attention backend that the user named for the drafter, or for all; None where vLLM is to choose."""
+    chosen = config.speculative_config.attention_backend or config.attention_config.backend
+    return None if chosen is None else chosen.name
+
+
+def _layouts_block_by_block() -> set[str]:
+    """Names of the K/V layouts in which a block holds the pages of all layers."""
+    from vllm.v1.kv_cache_interface import KVCacheLayout
+
+    return {layout.name for layout in KVCacheLayout if not layout.is_layer_compact}
+
+
+def _asked_layout() -> str | None:
+    import vllm.envs as envs
+
+    return envs.VLLM_KV_CACHE_LAYOUT
+
+
+ATTENTION_BACKEND = Refusal(
+    "attention_backend",
+    _chosen_backend,
+    lambda config: _chosen_backend(config) not in (None, *ATTENTION_BACKENDS),
+    f"the drafter's attention needs one of {', '.join(ATTENTION_BACKENDS)}. Write attention_backend: TRITON_ATTN "
+    "(or FLASH_ATTN) beside method: easyspec; the target may keep its own",
+)
 
 REFUSALS = (
     _above_one(
@@ -89,11 +123,24 @@ REFUSALS = (
         f"the drafter's pages have the target's type, which must be one of {', '.join(sorted(PLAIN_KV_TYPES))}. "
         "Give --kv-cache-dtype auto",
     ),
+    ATTENTION_BACKEND,
+    Refusal(
+        "VLLM_KV_CACHE_LAYOUT",
+        lambda config: _asked_layout(),
+        lambda config: _asked_layout() in _layouts_block_by_block(),
+        "a group of the drafter's layers needs its pages one layer after another. Unset it",
+    ),
     Refusal(
         "enable_sleep_mode",
         lambda config: config.model_config.enable_sleep_mode,
         lambda config: config.model_config.enable_sleep_mode,
         "it was never tried. Remove it",
+    ),
+    Refusal(
+        "runner",
+        lambda config: config.model_config.runner_type,
+        lambda config: config.model_config.runner_type == "pooling",
+        "a pooling model generates nothing that could be drafted. Remove the speculative configuration",
     ),
     Refusal(
         "enable_dbo",
@@ -142,6 +189,12 @@ def check_engine(config: "VllmConfig") -> None:
         if refusal.applies(config):
             raise ConfigError(refusal.message(config))
     check_runner(config)
+
+
+def check_attention_backend(name: str) -> None:
+    """Raise `ConfigError` where the drafter can't use the attention backend that vLLM gave it."""
+    if name not in ATTENTION_BACKENDS:
+        raise ConfigError(ATTENTION_BACKEND.describe(name))
 
 
 def check_runner(config: "VllmConfig") -> None:

@@ -10,6 +10,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_easyspec.audit import audit
+from vllm_easyspec.lora import VerifyingLoraState
 from vllm_easyspec.speculator import EasySpecSpeculator
 
 logger = init_logger("vllm.easyspec")
@@ -36,6 +37,7 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
         # The runner has built vLLM's own draft-model speculator; let go of its buffers before ours are made.
         self.model_runner.speculator = None
         self.model_runner.speculator = EasySpecSpeculator(self.vllm_config, self.device)
+        self.model_runner.lora_state = VerifyingLoraState(self.scheduler_config.max_num_seqs)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         super().initialize_from_config(kv_cache_config)
@@ -49,6 +51,7 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
 
     def execute_model(self, scheduler_output: Any) -> Any:
         self.speculator.statistics.clock.start("verify")
+        self.model_runner.lora_state.drafts = scheduler_output.scheduled_spec_decode_tokens
         return super().execute_model(scheduler_output)
 
     def easyspec_stats(self, reset: bool = False) -> dict:

@@ -32,7 +32,7 @@ def main() -> None:
             if step % 5 == 0:
                 audited += audit(llm)
         found["audited"] = audited
-    print(json.dumps(found))
+    sys.stdout.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":

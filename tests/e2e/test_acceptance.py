@@ -1,4 +1,4 @@
-"""What acceptance tells about the drafter: a drafter that is the target is always right, unless its layers are fuzzy."""
+"""What acceptance tells of the drafter: one that is the target is always right, unless its layers are fuzzy."""
 
 import pytest
 from engines import TARGET, configure, easyspec, engine, greedy, mixed_prompts, stats, token_ids

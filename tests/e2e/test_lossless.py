@@ -1,4 +1,4 @@
-"""With easyspec the target's greedy output stays what it is, token for token, whatever drafts and however it is served."""
+"""The target's greedy output stays what it is, token for token, whatever drafts and however it is served."""
 
 import pytest
 from engines import audit, configure, easyspec, engine, greedy, metric, mixed_prompts, stats, token_ids
@@ -169,7 +169,7 @@ def test_audit_without_calibration(llm, expected):
 
 
 def test_counters(llm):
-    """Calibration reads accepted + 1 tokens a decoding request; a group is one cache write, one call, its collectives."""
+    """Calibration reads accepted + 1 tokens a request; a group is one cache write, one call, its collectives."""
     ranks = llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size
     for scope, mlp_collectives in (("attention", LAYERS), ("block", 4)):
         configure(llm, scope=scope, group_sizes=PLANS["1-4-4-1"], num_speculative_tokens=5)

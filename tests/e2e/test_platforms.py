@@ -53,7 +53,7 @@ def ray_head():
         "RAY_worker_niceness": "0",
     }
     resources = json.dumps({"easyspec_rank": 2})
-    command = [ray, "start", "--head", "--port=0", "--num-cpus=4", f"--resources={resources}", "--include-dashboard=false"]
+    command = [ray, "start", "--head", "--port=0", "--num-cpus=4", f"--resources={resources}"]
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
     yield
     subprocess.run([ray, "stop", "--force"], check=True, capture_output=True, timeout=120)

@@ -1,8 +1,8 @@
 """The distribution of sampled tokens is the target's own, however drafts are chosen, also where the drafter is full.
 
 A vocabulary of 24 tokens, so that the target's exact probability of every pair of second and third tokens can be
-computed with `transformers` and compared with thousands of seeded draws (chi-square). The second and third tokens are the
-first that drafts can decide.
+computed with `transformers` and compared with thousands of seeded draws (chi-square). The second and third tokens are
+the first that drafts can decide.
 """
 
 from pathlib import Path

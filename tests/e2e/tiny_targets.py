@@ -70,9 +70,9 @@ def windowed(folder: Path, like: Path = DRAFTER, window: int = WINDOW) -> Path:
     return _write(folder, config | changes, tensors)
 
 
-def int8(folder: Path) -> Path:
+def int8(folder: Path, like: Path = TARGET) -> Path:
     """Weights and activations in 8 bits (compressed-tensors): a scale a row of weights, and one a token."""
-    config, dense = _read(TARGET)
+    config, dense = _read(like)
     tensors: Tensors = {}
     for name, tensor in dense.items():
         if not name.endswith("_proj.weight"):
@@ -106,6 +106,11 @@ def nudged(folder: Path) -> Path:
     return _write(folder, config, changed)
 
 
+def embeddings() -> torch.Tensor:
+    """The target's, `[vocabulary, hidden]`."""
+    return _read(TARGET)[1]["model.embed_tokens.weight"]
+
+
 def _adapted(config: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
     """Name, inputs and outputs of the target's projections that the adapter changes."""
     hidden, head = config["hidden_size"], config["head_dim"]
@@ -113,6 +118,7 @@ def _adapted(config: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
     for layer in range(config["num_hidden_layers"]):
         for name, size in sizes.items():
             yield f"model.layers.{layer}.self_attn.{name}", hidden, size
+    yield "lm_head", hidden, config["vocab_size"]
 
 
 def adapter(folder: Path, rank: int = 8) -> Path:
@@ -130,9 +136,59 @@ def adapter(folder: Path, rank: int = 8) -> Path:
         "task_type": "CAUSAL_LM",
         "r": rank,
         "lora_alpha": rank,
-        "target_modules": ["q_proj", "v_proj"],
+        "target_modules": ["q_proj", "v_proj", "lm_head"],
         "bias": "none",
         "base_model_name_or_path": str(TARGET),
     }
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     return folder
+
+
+AUDIO_TOKENS = ("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>")
+SAMPLING_RATE = 16_000  # a second of sound is 25 tokens
+
+
+def qwen2_audio(folder: Path) -> Path:
+    """The target with a random encoder of sound before it, in the form of Qwen2-Audio."""
+    from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+
+    config, trained = _read(TARGET)
+    text = config | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+    for layer in range(config["num_hidden_layers"]):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            projection = f"model.layers.{layer}.self_attn.{name}"
+            trained[f"{projection}.bias"] = torch.zeros(trained[f"{projection}.weight"].shape[0], dtype=torch.bfloat16)
+    encoder = {
+        "model_type": "qwen2_audio_encoder",
+        "num_mel_bins": 80,
+        "d_model": 64,
+        "encoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 128,
+    }
+    audio_token, *_ = audio_ids = [config["vocab_size"] - 1 - index for index in range(len(AUDIO_TOKENS))]
+    whole = Qwen2AudioConfig(audio_config=encoder, text_config=text, audio_token_index=audio_token)
+    torch.manual_seed(4)
+    random = Qwen2AudioForConditionalGeneration(whole).state_dict()
+    towers = ("model.audio_tower.", "model.multi_modal_projector.")
+    tensors = {name.removeprefix("model."): tensor for name, tensor in random.items() if name.startswith(towers)}
+    tensors |= {f"language_model.{name}": tensor for name, tensor in trained.items()}
+    tensors["language_model.lm_head.weight"] = trained["model.embed_tokens.weight"].clone()
+    _write(folder, whole.to_dict() | {"architectures": ["Qwen2AudioForConditionalGeneration"]}, tensors)
+    _rename_last_tokens(folder / "tokenizer.json", dict(zip(audio_ids, AUDIO_TOKENS, strict=True)))
+    sound = {"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": 80, "sampling_rate": SAMPLING_RATE}
+    sound |= {"processor_class": "Qwen2AudioProcessor", "return_attention_mask": True}
+    (folder / "preprocessor_config.json").write_text(json.dumps(sound))
+    return folder
+
+
+def _rename_last_tokens(path: Path, names: dict[int, str]) -> None:
+    """Make special tokens of the vocabulary's last ones, each of which the merge at the list's end had made."""
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    for index, name in names.items():
+        del vocabulary[next(text for text, old in vocabulary.items() if old == index)]
+        tokenizer["model"]["merges"].pop()
+        vocabulary[name] = index
+        tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": index, "content": name})
+    path.write_text(json.dumps(tokenizer))

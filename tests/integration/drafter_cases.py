@@ -105,7 +105,12 @@ CASES = [
         mlp="tensor",
         plans=((1, 4, 1), (3, 3)),
     ),
-    Case("mistral_tied", MistralConfig(**_sizes(4, 2, 1, 64, tie_word_embeddings=True), sliding_window=None), "auto", ((1, 3),)),
+    Case(
+        "mistral_tied",
+        MistralConfig(**_sizes(4, 2, 1, 64, tie_word_embeddings=True), sliding_window=None),
+        "auto",
+        ((1, 3),),
+    ),
     Case(
         "qwen2_tied_sharded",
         Qwen2Config(**_sizes(6, 4, 2, 64, tie_word_embeddings=True)),
@@ -189,7 +194,9 @@ def _run_case(folder: Path, case: Case) -> CaseResult:
     options = RuntimeOptions(layer_parallel=LayerParallelConfig(mlp=case.mlp))
     drafter = StandaloneDrafter(folder, options, max_num_reqs=len(PROMPTS), max_len=128, block_size=case.block_size)
 
-    def read(passes: Sequence[Sequence[Sequence[int]]], group_sizes: Sequence[int] | None = None, scope: Any = "attention"):
+    def read(
+        passes: Sequence[Sequence[Sequence[int]]], group_sizes: Sequence[int] | None = None, scope: Any = "attention"
+    ):
         drafter.model.counters = PassCounters()
         plan = LayerPlan(tuple(group_sizes)) if group_sizes else None
         hidden = [drafter.read(tokens, plan, scope) for tokens in passes]
@@ -213,9 +220,7 @@ def _run_case(folder: Path, case: Case) -> CaseResult:
     with torch.inference_mode():
         top_tokens = drafter.model.get_top_tokens(torch.from_numpy(prefill.hidden[0]))
     pages = sum(layer.kv_cache.shape[0] for layer in drafter.pages.layers)
-    return CaseResult(
-        prefill, precise_steps, precise_block_steps, fuzzy, recalibrated, top_tokens.numpy(), pages
-    )
+    return CaseResult(prefill, precise_steps, precise_block_steps, fuzzy, recalibrated, top_tokens.numpy(), pages)
 
 
 def _loading_error(folder: str) -> str:

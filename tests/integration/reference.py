@@ -30,7 +30,9 @@ class DenseRequest:
         self.values = [v[:length] for v in self.values]
 
     @torch.no_grad()
-    def read(self, ids: Sequence[int], group_sizes: Sequence[int], scope: Literal["attention", "block"]) -> torch.Tensor:
+    def read(
+        self, ids: Sequence[int], group_sizes: Sequence[int], scope: Literal["attention", "block"]
+    ) -> torch.Tensor:
         """Read further tokens; returns logits `[tokens, vocab]`."""
         positions = torch.arange(self.length, self.length + len(ids))
         x = self.model.model.embed_tokens(torch.tensor(ids))

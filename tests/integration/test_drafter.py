@@ -42,7 +42,9 @@ def broken_checkpoints(checkpoints, tmp_path_factory) -> dict[str, Path]:
 
     return {
         "missing": broken("missing", lambda tensors: tensors.pop("model.layers.4.self_attn.q_norm.weight")),
-        "unknown": broken("unknown", lambda tensors: tensors.update({"model.layers.2.mlp.router.weight": torch.ones(2)})),
+        "unknown": broken(
+            "unknown", lambda tensors: tensors.update({"model.layers.2.mlp.router.weight": torch.ones(2)})
+        ),
         "headless": broken("headless", lambda tensors: tensors.pop("lm_head.weight")),
     }
 
@@ -108,7 +110,12 @@ class Expected:
                 ]
 
 
-RUNS = [pytest.param(case, ranks, id=f"{case.name}-{ranks}") for ranks in RANK_COUNTS for case in CASES if ranks in case.ranks]
+RUNS = [
+    pytest.param(case, ranks, id=f"{case.name}-{ranks}")
+    for ranks in RANK_COUNTS
+    for case in CASES
+    if ranks in case.ranks
+]
 on_every_case = pytest.mark.parametrize(("case", "ranks"), RUNS)
 
 
@@ -163,7 +170,13 @@ def test_all_ranks_hold_the_same_bits(case, ranks, results_at):
 
 
 def _passes(result: CaseResult):
-    return [result.prefill, result.precise_steps, result.precise_block_steps, *result.fuzzy.values(), result.recalibrated]
+    return [
+        result.prefill,
+        result.precise_steps,
+        result.precise_block_steps,
+        *result.fuzzy.values(),
+        result.recalibrated,
+    ]
 
 
 @on_every_case

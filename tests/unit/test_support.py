@@ -8,6 +8,7 @@ from tiny_models import HF_CONFIGS, TARGET, easyspec
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_easyspec import support
 from vllm_easyspec.config import ConfigError
@@ -55,6 +56,57 @@ def test_connectors_are_refused(plain):
     connector = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
     with pytest.raises(ConfigError, match="kv_transfer_config='ExampleConnector' .*Remove it"):
         support.check_engine(changed(plain, "kv_transfer_config", connector))
+
+
+@pytest.mark.parametrize("of", ["speculative_config.attention_backend", "attention_config.backend"])
+def test_attention_backends(plain, of):
+    for name in ("FLASHINFER", "FLEX_ATTENTION"):
+        with pytest.raises(ConfigError, match=f"attention_backend='{name}' .*one of CPU_ATTN, FLASH_ATTN, TRITON_ATTN"):
+            support.check_engine(changed(plain, of, AttentionBackendEnum[name]))
+    for name in support.ATTENTION_BACKENDS:
+        support.check_engine(changed(plain, of, AttentionBackendEnum[name]))
+
+
+def test_the_drafters_own_attention_backend_is_what_counts(plain):
+    config = changed(plain, "attention_config.backend", AttentionBackendEnum.FLASHINFER)
+    support.check_engine(changed(config, "speculative_config.attention_backend", AttentionBackendEnum.TRITON_ATTN))
+
+
+def test_the_attention_backend_that_vllm_chose():
+    for name in support.ATTENTION_BACKENDS:
+        support.check_attention_backend(name)
+    with pytest.raises(ConfigError, match="attention_backend='FLASHINFER' .*attention_backend: TRITON_ATTN"):
+        support.check_attention_backend("FLASHINFER")
+
+
+@pytest.mark.parametrize("layout", ["BLHNC", "BLNHC", "BHLNC"])
+def test_layouts_with_the_layers_inside_a_block_are_refused(plain, monkeypatch, layout):
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", layout)
+    with pytest.raises(ConfigError, match=f"VLLM_KV_CACHE_LAYOUT='{layout}' .*Unset it"):
+        support.check_engine(plain)
+
+
+@pytest.mark.parametrize("layout", ["LBHNC", "LBNHC", "NHD", "HND"])
+def test_layouts_one_layer_after_another_pass(plain, monkeypatch, layout):
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", layout)
+    support.check_engine(plain)
+
+
+def test_pooling_models_are_refused():
+    args = EngineArgs(model=str(TARGET), max_model_len=256, runner="pooling", speculative_config=easyspec())
+    with pytest.raises(ConfigError, match="runner='pooling' .*Remove the speculative configuration"):
+        args.create_engine_config()
+
+
+def test_vllm_itself_refuses_watermarks():
+    args = EngineArgs(
+        model=str(TARGET),
+        max_model_len=256,
+        watermark_config={"algorithm": "dual_key_gumbel", "key": 1},
+        speculative_config=easyspec(draft_sample_method="probabilistic"),
+    )
+    with pytest.raises(ValueError, match="Watermarking supports only autoregressive"):
+        args.create_engine_config()
 
 
 @pytest.mark.parametrize("kind", ["is_hybrid", "is_attention_free", "is_encoder_decoder"])

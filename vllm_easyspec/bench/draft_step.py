@@ -1,8 +1,8 @@
 """`bench draft-step`: a step of the drafter alone, fuzzy plans against the precise one, in real ranks with real pages.
 
 Both arms are the same code on the same weights and pages; they differ in the plan. Plans take turns, step by step, so
-that drift of the machine meets all alike. A step is a token for each of `batch` requests at the end of `context` tokens:
-sequences, forward pass, logits, arg-max. It lasts until the slowest rank is done.
+that drift of the machine meets all alike. A step is a token for each of `batch` requests at the end of `context`
+tokens: sequences, forward pass, logits, arg-max. It lasts until the slowest rank is done.
 """
 
 import time

@@ -5,6 +5,7 @@ slice; the MLPs of all layers, sharded or replicated; and a shard of the embeddi
 the same bits on every rank: whatever differs between ranks passes through a collective whose result all ranks take.
 """
 
+import copy
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -69,13 +70,15 @@ class LayerParallelDrafter(nn.Module):
             max_position=max(shape.max_position_embeddings, vllm_config.model_config.max_model_len),
             rope_parameters=shape.rope_parameters,
         )
+        cache_config = copy.copy(vllm_config.cache_config)
+        cache_config.sliding_window = None  # a layer without a window of its own would take this one, the target's
         self.attention = nn.ModuleList(
             DrafterAttention(
                 shape.num_heads,
                 shape.head_dim,
                 shape.head_dim**-0.5,
                 num_kv_heads=shape.num_kv_heads,
-                cache_config=vllm_config.cache_config,
+                cache_config=cache_config,
                 per_layer_sliding_window=shape.sliding_window,
                 prefix=f"{prefix}.layers.{layer}.attn",
             )

@@ -12,6 +12,7 @@ over `B` requests are `G * B` sequences of one paged-attention call: block table
 slots by `num_blocks * block_size`.
 """
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -84,7 +85,8 @@ class PagedKV:
         self.group = group
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.first_page = layers[0].kv_cache.data_ptr() if layers else 0
+        # Weak, so as not to keep pages that vLLM lets go; not an address, since later pages may come to lie there.
+        self.first_pages = weakref.ref(layers[0].kv_cache) if layers else None
         if layers:
             self._check_layout()
 
@@ -94,6 +96,13 @@ class PagedKV:
         layer_bytes = pages * first.stride(0) * first.element_size()
         if pages % self.num_blocks:
             raise ValueError(f"a drafter layer has {pages} pages, no multiple of the {self.num_blocks} cache blocks")
+        split = self.group.kernel_block_size if self.group else None
+        kernel_block = split or self.block_size * self.num_blocks // pages
+        if kernel_block != self.block_size:
+            raise ValueError(
+                f"an attention backend splits the cache's blocks of {self.block_size} tokens into blocks of "
+                f"{kernel_block}, which easyspec does not support. Give --block-size {kernel_block}"
+            )
         for index, layer in enumerate(self.layers):
             cache = layer.kv_cache
             if cache.shape != first.shape or cache.data_ptr() != first.data_ptr() + index * layer_bytes:
@@ -105,7 +114,7 @@ class PagedKV:
 
     def is_current(self) -> bool:
         """Whether the pages are still those that vLLM has bound."""
-        return not self.layers or self.layers[0].kv_cache.data_ptr() == self.first_page
+        return self.first_pages is None or self.layers[0].kv_cache is self.first_pages()
 
     def pages(self, layers: slice) -> torch.Tensor:
         """The pages of consecutive layers as one cache, `[layers * pages, ...]`, each in the backend's own form."""
@@ -136,7 +145,9 @@ class PagedKV:
                 slot_mapping=slots,
                 positions=positions,
                 is_prefilling=torch.zeros(num_layers * reqs, dtype=torch.bool),
-            )
+            ),
+            # No schedule in the builder's own buffer: a pass holds metadata for groups of several sizes at once.
+            fast_build=True,
         )
         return VirtualBatch(metadata, slots, positions)
 
