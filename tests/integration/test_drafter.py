@@ -58,7 +58,7 @@ def run_at(checkpoints, broken_checkpoints):
     def run(num_ranks: int) -> list[tuple[dict[str, CaseResult], list[str]]]:
         cases = [case for case in CASES if num_ranks in case.ranks]
         broken = list(map(str, broken_checkpoints.values())) if num_ranks == 1 else []
-        return run_ranks(num_ranks, run_cases, str(folder), cases, broken)
+        return run_ranks(num_ranks, run_cases, str(folder), cases, broken, timeout_s=500)
 
     return run
 
