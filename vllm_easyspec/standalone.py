@@ -31,7 +31,6 @@ from vllm.distributed import destroy_distributed_environment, destroy_model_para
 from vllm.model_executor.model_loader import get_model
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
-from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend, init_kv_cache
 from vllm.v1.worker.utils import AttentionGroup
 
@@ -41,6 +40,11 @@ from vllm_easyspec.config import OPTIONS_KEY, RuntimeOptions
 from vllm_easyspec.drafter.model import LayerParallelDrafter
 from vllm_easyspec.drafter.paged_kv import PagedKV, PagedPass, Sequences
 from vllm_easyspec.drafter.plan import LayerPlan, Scope
+
+try:  # vLLM 0.33 moved the planning of the K/V cache; of 0.32 it is in kv_cache_utils
+    from vllm.v1.core import kv_cache_planning as planning
+except ImportError:
+    from vllm.v1.core import kv_cache_utils as planning
 
 
 class StandaloneDrafter:
@@ -107,7 +111,10 @@ class StandaloneDrafter:
         backends = [layer.get_attn_backend() for layer in layers]
         resolve_kv_cache_layout(self.config, [[layout.name for layout in get_supported_kv_cache_layouts(backends)]])
         # The override of the number of blocks decides, not the memory.
-        configs = get_kv_cache_configs(self.config, specs_of_holders, [1 << 40] * len(specs_of_holders))
+        arguments = [self.config, specs_of_holders, [1 << 40] * len(specs_of_holders)]
+        if hasattr(planning, "get_global_kv_cache_groups"):  # 0.33; 0.32 groups the layers inside
+            arguments.append(planning.get_global_kv_cache_groups(self.config, specs_of_holders))
+        configs = planning.get_kv_cache_configs(*arguments)
         kv_config = configs[group.rank_in_group]
         groups, _, kernel_block_sizes = init_attn_backend(kv_config, self._builder_config(), self.device)
         init_kv_cache(
