@@ -255,16 +255,10 @@ class EasySpecSpeculator(DraftModelSpeculator):
 
     @property
     def attn_vllm_config(self) -> VllmConfig:
-        """For the virtual batch's metadata builders: whole heads, a sequence for each layer of a request, no graphs.
-
-        With full CUDA graphs FlashAttention's builder keeps its schedule in one buffer, and a pass over groups of two
-        sizes needs two schedules at once. The drafter runs eagerly.
-        """
+        """For the virtual batch's metadata builders: whole heads, and a sequence for each layer of a request."""
         config = copy.copy(self.draft_vllm_config)
         config.scheduler_config = copy.copy(config.scheduler_config)
         config.scheduler_config.max_num_seqs = self.max_num_reqs * max(1, len(self.model.local_layers))
-        config.compilation_config = copy.copy(config.compilation_config)
-        config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
         return config
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:

@@ -1,0 +1,57 @@
+"""What the virtual batch asks of an attention backend, and cache blocks that it can't use."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vllm_easyspec.drafter.paged_kv import PagedKV, Sequences
+
+BLOCKS, BLOCK_SIZE = 4, 32
+
+
+class Builder:
+    """As FlashAttention 3's: unless told to be fast, it makes a schedule in the one buffer that it has."""
+
+    kernel_block_size = None
+
+    def __init__(self):
+        self.schedule = torch.zeros(8)
+
+    def build_metadata(self, common, fast_build: bool = False):
+        if fast_build:
+            return SimpleNamespace(schedule=None)
+        self.schedule[: common.num_reqs] = common.num_reqs
+        return SimpleNamespace(schedule=self.schedule[: common.num_reqs])
+
+
+def sequences(reqs: int) -> Sequences:
+    starts = torch.arange(reqs + 1, dtype=torch.int32)
+    lens = torch.full((reqs,), 5, dtype=torch.int32)
+    return Sequences(
+        positions=torch.full((reqs,), 4),
+        slots=torch.arange(reqs) * BLOCK_SIZE + 4,
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=lens,
+        seq_lens_bound=lens,
+        block_table=torch.arange(reqs, dtype=torch.int32).unsqueeze(1),
+        max_query_len=1,
+        max_seq_len=5,
+    )
+
+
+def test_metadata_for_groups_of_several_sizes_live_side_by_side():
+    pages = PagedKV([], Builder(), BLOCKS, BLOCK_SIZE)
+    single = pages.virtual(sequences(2), 1).metadata
+    before = None if single.schedule is None else single.schedule.clone()
+    pages.virtual(sequences(2), 3)
+    assert single.schedule is before is None or torch.equal(single.schedule, before)
+
+
+@pytest.mark.parametrize(("pages", "kernel_block_size"), [(2 * BLOCKS, None), (BLOCKS, 16)])
+def test_blocks_that_a_backend_splits_are_refused(pages, kernel_block_size):
+    layer = SimpleNamespace(kv_cache=torch.zeros(pages, 2, BLOCK_SIZE, 8), layer_name="layers.0")
+    group = SimpleNamespace(kernel_block_size=kernel_block_size)
+    with pytest.raises(ValueError, match="splits the cache's blocks of 32 tokens into blocks of 16.*--block-size 16"):
+        PagedKV([layer], group, BLOCKS, BLOCK_SIZE)
