@@ -8,6 +8,7 @@ from vllm_easyspec import support
 from vllm_easyspec.config import ConfigError, EasySpecConfig
 from vllm_easyspec.drafter.architectures import DrafterShape
 from vllm_easyspec.drafter.placement import LayerPlacement, MlpPlacement, choose_mlp
+from vllm_easyspec.lookahead import check_lookahead
 from vllm_easyspec.versions import Support, installed, require_supported, vllm_version
 
 VOCABULARY_PADDING = 64  # vLLM pads the vocabulary to a multiple of this before it cuts it over the ranks
@@ -66,6 +67,9 @@ def diagnose(
     device = device or _this_device()
     mlp = choose_mlp(config.layer_parallel.mlp, shape, num_ranks, itemsize, device)
     placement = LayerPlacement(shape.num_layers, num_ranks)
+    maps = "none"
+    if config.lookahead is not None:
+        maps = check_lookahead(config.lookahead, config.model, config.revision, shape, [plan]).describe()
     return [
         f"drafter     {config.model}: {shape.architecture}, {shape.num_layers} layers, {shape.num_heads} heads, "
         f"{shape.num_kv_heads} K/V heads of {shape.head_dim}, hidden {shape.hidden_size}, vocabulary "
@@ -73,6 +77,7 @@ def diagnose(
         f"drafting    {config.num_speculative_tokens} tokens a round, calibration {config.calibration}",
         f"plan        {plan}, scope {scope}: {plan.sequential_steps(scope)} sublayers one after another where the "
         f"precise pass has {2 * shape.num_layers}",
+        f"lookahead   {maps}",
         f"MLPs        {mlp.value} ({config.layer_parallel.mlp}, on {device})",
         *_rank_lines(shape, placement, mlp, itemsize),
         f"vocabulary  {vocabulary}",

@@ -22,10 +22,11 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_easyspec.batch import DraftBatch
 from vllm_easyspec.calibration import CalibrationScheduler, CalibrationStep
-from vllm_easyspec.config import Calibration, RuntimeOptions
+from vllm_easyspec.config import Calibration, ConfigError, RuntimeOptions
 from vllm_easyspec.drafter.model import LayerParallelDrafter
 from vllm_easyspec.drafter.paged_kv import DrafterAttention, PagedKV, PagedPass, Sequences, UnpagedPass
 from vllm_easyspec.drafter.plan import SCOPES, LayerPlan, Scope
+from vllm_easyspec.lookahead import LookaheadFile, LookaheadMaps, checkpoint_folder
 from vllm_easyspec.metrics import DraftStatistics
 from vllm_easyspec.plugin import DRAFTER_ARCHITECTURE
 from vllm_easyspec.support import check_attention_backend
@@ -45,6 +46,7 @@ class Drafting:
     scope: Scope
     num_drafts: int  # K, at most the configured one
     calibration: Calibration
+    lookahead: bool = False  # whether groups take their look-ahead maps
 
 
 class EasySpecSpeculator(DraftModelSpeculator):
@@ -59,10 +61,15 @@ class EasySpecSpeculator(DraftModelSpeculator):
         plan = self.options.layer_parallel.plan(num_layers)
         self.precise = LayerPlan.precise(num_layers)
         self.drafting = Drafting(
-            plan, self.options.layer_parallel.scope, self.num_speculative_steps, self.options.calibration
+            plan,
+            self.options.layer_parallel.scope,
+            self.num_speculative_steps,
+            self.options.calibration,
+            self.options.lookahead is not None,
         )
         self.statistics = DraftStatistics(device, self.num_speculative_steps)
         self.current_step = torch.zeros((), dtype=torch.int64, device=device)
+        self.lookahead_file: LookaheadFile | None = None
         self.pages: PagedKV
         self.calibration: CalibrationScheduler
 
@@ -131,7 +138,8 @@ class EasySpecSpeculator(DraftModelSpeculator):
             sequences = self._next_sequences(batch, positions)
             ids = self.draft_tokens[: batch.num_reqs, index - 1]
             attention = PagedPass(self.pages, sequences)
-            hidden = self.model(ids, self.drafting.plan, self.drafting.scope, attention)
+            previous = hidden if self.drafting.lookahead else None
+            hidden = self.model(ids, self.drafting.plan, self.drafting.scope, attention, previous)
             self._sample(index, hidden, positions, batch)
         self.draft_tokens[: batch.num_reqs, batch.num_drafts :] = FILLER
         return self.draft_tokens[: batch.num_reqs]
@@ -218,6 +226,7 @@ class EasySpecSpeculator(DraftModelSpeculator):
         group_sizes: list[int] | None = None,
         num_drafts: int | None = None,
         calibration: str | None = None,
+        lookahead: bool | None = None,
     ) -> None:
         """Swap what is given, from the next round on. Raises ValueError for what the drafter can't do."""
         changes: dict[str, Any] = {}
@@ -230,7 +239,13 @@ class EasySpecSpeculator(DraftModelSpeculator):
         if num_drafts is not None:
             one_of("num_speculative_tokens", num_drafts, range(1, self.num_speculative_steps + 1))
             changes["num_drafts"] = num_drafts
-        self.drafting = dataclasses.replace(self.drafting, **changes)
+        if lookahead is not None:
+            one_of("lookahead", lookahead, (False, True) if self.lookahead_file else (False,))
+            changes["lookahead"] = lookahead
+        drafting = dataclasses.replace(self.drafting, **changes)
+        if drafting.lookahead and self.lookahead_file is not None:
+            self.lookahead_file.check_plan(drafting.plan)
+        self.drafting = drafting
         if self.draft_logits is not None:
             self.draft_logits[:, self.drafting.num_drafts :] = self.filler_logits
         self.statistics.reset()
@@ -251,7 +266,20 @@ class EasySpecSpeculator(DraftModelSpeculator):
         model = get_model(vllm_config=self.draft_vllm_config, prefix="draft_model", load_config=spec.draft_load_config)
         for layer in model.attention:
             check_attention_backend(layer.attn_backend.get_name())
+        if self.options.lookahead is not None:
+            self._load_lookahead(model, self.options.lookahead)
         return model
+
+    def _load_lookahead(self, model: LayerParallelDrafter, path: str) -> None:
+        draft = self.draft_model_config
+        folder = checkpoint_folder(draft.model, draft.revision)
+        if folder is None:
+            raise ConfigError(f"lookahead={path!r}: the files of model={draft.model!r} are not on this machine")
+        self.lookahead_file = LookaheadFile.read(path)
+        self.lookahead_file.check_drafter(folder, model.shape)
+        self.lookahead_file.check_plan(self.drafting.plan)
+        maps = LookaheadMaps.load(self.lookahead_file, model.placement, model.rank)
+        model.lookahead = maps.to(device=self.device, dtype=model.dtype)
 
     @property
     def attn_vllm_config(self) -> VllmConfig:
@@ -306,10 +334,12 @@ class EasySpecSpeculator(DraftModelSpeculator):
         """This rank's plan, layers and memory, for the log."""
         model, pages = self.model, self.pages
         cache_bytes = sum(layer.kv_cache.nbytes for layer in pages.layers)
+        maps = self.lookahead_file.describe() if self.lookahead_file else "none"
         return (
             f"rank {model.rank} of {model.num_ranks}: plan {self.drafting.plan} ({self.drafting.scope} scope), "
-            f"K={self.drafting.num_drafts}, attention and pages of layers {list(model.local_layers)} here, "
-            f"MLPs: {model.mlp.value}, weights {model.weight_bytes():,} bytes, K/V pages {cache_bytes:,} bytes "
+            f"K={self.drafting.num_drafts}, look-ahead {maps}, attention and pages of layers "
+            f"{list(model.local_layers)} here, MLPs: {model.mlp.value}, weights {model.weight_bytes():,} bytes, K/V pages "
+            f"{cache_bytes:,} bytes "
             f"({cache_bytes // (pages.num_blocks * pages.block_size):,} a token)"
         )
 

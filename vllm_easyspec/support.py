@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_easyspec.config import METHOD, ConfigError, LayerParallelConfig
+from vllm_easyspec.config import METHOD, ConfigError, LayerParallelConfig, RuntimeOptions
 from vllm_easyspec.drafter.architectures import DrafterShape, UnsupportedDrafterError
 
 if TYPE_CHECKING:
@@ -251,6 +251,18 @@ def check_drafter(config: "SpeculativeConfig", layer_parallel: LayerParallelConf
         )
     layer_parallel.plan(shape.num_layers)
     check_vocabulary(shape.vocab_size, target.get_vocab_size(), lambda: _target_token_ids(target))
+
+
+def check_maps(config: "SpeculativeConfig", options: RuntimeOptions) -> None:
+    """Raise `ConfigError` where the file of look-ahead maps can't serve this drafter and plan."""
+    if options.lookahead is None:
+        return
+    from vllm_easyspec.lookahead import check_lookahead
+
+    draft = config.draft_model_config
+    shape = _shape(draft.hf_config, str(config.model))
+    plan = options.layer_parallel.plan(shape.num_layers)
+    check_lookahead(options.lookahead, draft.model, draft.revision, shape, [plan])
 
 
 def _another_method(model: str, method: str) -> str:

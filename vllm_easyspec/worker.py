@@ -64,6 +64,7 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
             "group_sizes": list(drafting.plan.group_sizes),
             "num_speculative_tokens": drafting.num_drafts,
             "calibration": drafting.calibration,
+            "lookahead": drafting.lookahead,
         }
         if reset:
             self.speculator.statistics.reset()
@@ -75,9 +76,12 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
         group_sizes: list[int] | None = None,
         num_speculative_tokens: int | None = None,
         calibration: str | None = None,
+        lookahead: bool | None = None,
     ) -> dict:
-        """Swap scope, plan, K (up to the configured one) or calibration from the next round on; resets the counters."""
-        self.speculator.configure(scope, group_sizes, num_speculative_tokens, calibration)
+        """Swap scope, plan, K (up to the configured one), calibration or the use of the look-ahead maps from the next
+        round on; resets the counters.
+        """
+        self.speculator.configure(scope, group_sizes, num_speculative_tokens, calibration, lookahead)
         return self.easyspec_stats()
 
     def easyspec_audit(self) -> list[dict]:

@@ -6,7 +6,7 @@ the same bits on every rank: whatever differs between ranks passes through a col
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
@@ -29,6 +29,7 @@ from vllm_easyspec.drafter.paged_kv import DrafterAttention
 from vllm_easyspec.drafter.placement import LayerPlacement, MlpPlacement, choose_mlp
 from vllm_easyspec.drafter.plan import LayerPlan, Scope
 from vllm_easyspec.drafter.weights import load_drafter_weights
+from vllm_easyspec.lookahead import GroupLookahead, LookaheadMaps
 from vllm_easyspec.metrics import PassCounters
 from vllm_easyspec.ops import group_rms_norm, silu_and_mul
 
@@ -59,6 +60,9 @@ class LayerParallelDrafter(nn.Module):
         device_type = vllm_config.device_config.device_type
         self.mlp = choose_mlp(options.layer_parallel.mlp, shape, self.num_ranks, self.dtype.itemsize, device_type)
         self.counters = PassCounters()
+        self.lookahead: LookaheadMaps | None = None
+        # Called with each group, its input and its attentions' outputs, `[group, tokens, hidden]`: for fitting maps.
+        self.observer: Callable[[range, torch.Tensor, torch.Tensor], None] | None = None
 
         self.embed_tokens = VocabParallelEmbedding(shape.vocab_size, shape.hidden_size, prefix=f"{prefix}.embed_tokens")
         self.lm_head = ParallelLMHead(shape.vocab_size, shape.hidden_size, prefix=f"{prefix}.lm_head")
@@ -113,15 +117,28 @@ class LayerParallelDrafter(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         return load_drafter_weights(self, weights)
 
-    def forward(self, input_ids: torch.Tensor, plan: LayerPlan, scope: Scope, attention: Attend) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        plan: LayerPlan,
+        scope: Scope,
+        attention: Attend,
+        previous: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Final hidden states `[tokens, hidden]` of `input_ids` (`[tokens]`), its K/V stored by `attention`.
 
-        The precise pass is the plan of groups of one; both scopes are then the ordinary forward pass.
+        The precise pass is the plan of groups of one; both scopes are then the ordinary forward pass. previous: the
+        final hidden states `[tokens, hidden]` of the tokens before; given, groups take the look-ahead maps.
         """
         self.counters.passes += 1
         x = self.embed_tokens(input_ids)
         for group in plan.groups:
-            outputs = self._attention_outputs(x, group, attention)
+            ahead = None
+            if self.lookahead is not None and previous is not None and len(group) > 1:
+                ahead = self.lookahead.of_group(group.start, x, previous)
+            outputs = self._attention_outputs(x, group, attention, ahead)
+            if self.observer is not None:
+                self.observer(group, x, outputs)
             if scope == "attention" or len(group) == 1:
                 for layer, output in zip(group, outputs, strict=True):
                     x = x + output
@@ -129,7 +146,7 @@ class LayerParallelDrafter(nn.Module):
             else:
                 # Each MLP reads its own prefix: the group's input and the attentions up to its own.
                 prefixes = torch.cat([x.unsqueeze(0), outputs]).cumsum(0)[1:]
-                x = prefixes[-1] + self._mlps(prefixes, group)
+                x = prefixes[-1] + self._mlps(prefixes if ahead is None else ahead.mlp_inputs(prefixes), group)
         return F.rms_norm(x, x.shape[-1:], self.final_norm, self.shape.rms_norm_eps)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -140,14 +157,20 @@ class LayerParallelDrafter(nn.Module):
         """The arg-max over the vocabulary, two numbers a rank in place of the logits: `[rows, hidden]` to `[rows]`."""
         return self.logits_processor.get_top_tokens(self.lm_head, hidden)
 
-    def _attention_outputs(self, x: torch.Tensor, group: range, attention: Attend) -> torch.Tensor:
-        """All attentions of a group on one input: `[tokens, hidden]` to `[group, tokens, hidden]`, on every rank."""
+    def _attention_outputs(
+        self, x: torch.Tensor, group: range, attention: Attend, ahead: GroupLookahead | None
+    ) -> torch.Tensor:
+        """All attentions of a group on one input: `[tokens, hidden]` to `[group, tokens, hidden]`, on every rank.
+
+        ahead: the group's look-ahead maps, which give each attention an input of its own.
+        """
         mine = self.placement.local_slice(self.rank, group)
         count, tokens = mine.stop - mine.start, x.shape[0]
         if count == 0:
             outputs = x.new_zeros(len(group), tokens, x.shape[1])
             return self._all_reduce_attention(outputs)
-        qkv = torch.matmul(group_rms_norm(x, self.attention_norms[mine], self.shape.rms_norm_eps), self.wqkv[mine])
+        inputs = x if ahead is None else ahead.attention_inputs(count)
+        qkv = torch.matmul(group_rms_norm(inputs, self.attention_norms[mine], self.shape.rms_norm_eps), self.wqkv[mine])
         if self.bqkv is not None:
             qkv += self.bqkv[mine].unsqueeze(1)
         q, k, v = self._rotated_qkv(qkv, mine, attention.positions_for(count))
