@@ -338,8 +338,8 @@ class EasySpecSpeculator(DraftModelSpeculator):
         return (
             f"rank {model.rank} of {model.num_ranks}: plan {self.drafting.plan} ({self.drafting.scope} scope), "
             f"K={self.drafting.num_drafts}, look-ahead {maps}, attention and pages of layers "
-            f"{list(model.local_layers)} here, MLPs: {model.mlp.value}, weights {model.weight_bytes():,} bytes, K/V pages "
-            f"{cache_bytes:,} bytes "
+            f"{list(model.local_layers)} here, MLPs: {model.mlp.value}, weights {model.weight_bytes():,} bytes, "
+            f"K/V pages {cache_bytes:,} bytes "
             f"({cache_bytes // (pages.num_blocks * pages.block_size):,} a token)"
         )
 
