@@ -25,6 +25,7 @@ from vllm_easyspec.config import ConfigError
 from vllm_easyspec.drafter.plan import SCOPES, LayerPlan, Scope
 from vllm_easyspec.lookahead import KINDS, PARTS, LookaheadMaps, drafter_identity, rms_scaled, write_maps
 from vllm_easyspec.standalone import StandaloneDrafter, run_ranks
+from vllm_easyspec.support import read_drafter
 
 BATCH = 32  # sequences read side by side
 HELD_OUT = 4  # of them, the last ones, judge the fit and take no part in it
@@ -436,6 +437,12 @@ def _gathered(mine: dict) -> dict:
 
 def fit(drafter: str, texts: Sequence[Path], output: Path, ranks: int, settings: FitSettings) -> dict[str, Any]:
     """Fit maps and write them to `output`, whole or not at all. Returns the report. Raises `ConfigError`."""
+    layers = read_drafter(drafter, revision=None).num_layers
+    for sizes in settings.plans:
+        try:
+            LayerPlan.of_sizes(layers, sizes)
+        except ValueError as error:
+            raise ConfigError(f"--plans: {error}") from error
     sequences = cut(_tokenized(drafter, read_texts(texts)), settings.tokens, settings.length)
     batches = [sequences[start : start + BATCH] for start in range(0, len(sequences) - BATCH + 1, BATCH)]
     if not batches:
