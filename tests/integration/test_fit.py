@@ -69,7 +69,7 @@ def test_two_ranks_find_what_one_finds(fitted):
 def test_a_fit_that_fails_leaves_no_file(text, tmp_path):
     settings = FitSettings(plans=((1, 4, 4, 1),), tokens=BATCH * 64, length=4096, dtype="float32")
     with pytest.raises(RankError, match="4128"):
-        fit(str(DRAFTER), [text], tmp_path / "maps.safetensors", 1, settings)
+        fit(str(DRAFTER), [text] * 8, tmp_path / "maps.safetensors", 1, settings)
     assert list(tmp_path.iterdir()) == []
 
 

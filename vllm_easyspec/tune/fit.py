@@ -288,11 +288,11 @@ class Fit:
         self, batch: torch.Tensor, plan: LayerPlan, scope: Scope, moments: dict[Pair, PairMoments]
     ) -> None:
         pairs = [(group.start, i) for group in plan.groups for i in group[1:]]
-        for round_ in self._rounds(batch, plan, scope):
+        for round_ in self._rounds(batch, plan, scope, every=2):
             self._add(moments, pairs, round_.drafting, round_.precise, round_.previous)
 
-    def _rounds(self, batch: torch.Tensor, plan: LayerPlan, scope: Scope, every: int = 1) -> Iterator["Round"]:
-        """Draft as a round does, from positions `K - 1` apart; then read the same drafts precisely."""
+    def _rounds(self, batch: torch.Tensor, plan: LayerPlan, scope: Scope, every: int) -> Iterator["Round"]:
+        """Draft as a round does, then read the same drafts precisely; in every `every`-th stretch of `K - 1` tokens."""
         drafts = self.settings.num_drafts
         self._rewind(0)
         final = self._read(batch)
@@ -402,7 +402,7 @@ class Fit:
         maps, rates = self.drafter.model.lookahead, []
         for used in (None, maps):
             self.drafter.model.lookahead = used
-            confirmed = [round_.confirmed for round_ in self._rounds(chosen, plan, scope)]
+            confirmed = [round_.confirmed for round_ in self._rounds(chosen, plan, scope, every=4)]
             leading = torch.cat(confirmed).long().cumprod(1).sum(1).float().mean().item()
             rates.append(round((1 + leading) / self.settings.num_drafts, 4))
         return {"group_sizes": list(plan.group_sizes), "scope": scope, "without": rates[0], "with": rates[1]}
