@@ -37,14 +37,14 @@ def test_output_is_the_targets_and_a_group_is_one_call(llm, expected, scope, pla
 
 
 def test_maps_win_acceptance_and_can_be_switched_off(llm, expected):
-    accepted = {}
+    tokens_a_round = []
     for lookahead in (False, True, False):
         configure(llm, scope="block", group_sizes=PLANS["1-8-1"], num_speculative_tokens=5, lookahead=lookahead)
         assert token_ids(llm, mixed_prompts(), greedy(60)) == expected
         counted = stats(llm)[0]
         assert counted["lookahead"] is lookahead
-        assert accepted.setdefault(lookahead, counted["tokens_a_round"]) == counted["tokens_a_round"]
-    assert accepted[True] > accepted[False]
+        tokens_a_round.append(counted["tokens_a_round"])
+    assert tokens_a_round[1] > max(tokens_a_round[0], tokens_a_round[2])
 
 
 def test_audit_is_clean_mid_flight(llm):
