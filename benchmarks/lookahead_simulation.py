@@ -164,7 +164,7 @@ class Rows:
         own: list[list] = [[] for _ in range(self.model.layers)]
         x = self.states.inputs[-1][:, self.newest]
         for step in range(DRAFTS - 1):
-            f = rms_scaled(self.model.final(x))
+            f = self.model.final(x)
             x, states = self._step(ids(step, x), plan, scope, variant, maps, f, step, own)
             yield states, f
 
@@ -226,7 +226,7 @@ def fit(model: Dense, text: torch.Tensor, plan: LayerPlan, scope: str, variant: 
     for part in text.split(32):
         states, _ = model.read(part)
         x, a = ([s[:, 1:] for s in kind] for kind in (states.inputs, states.attentions))
-        f = rms_scaled(model.final(states.inputs[-1]))[:, :-1]
+        f = model.final(states.inputs[-1])[:, :-1]
         for g, i in pairs:
             known = torch.cat([rms_scaled(x[g]), f], dim=-1) if variant.previous else rms_scaled(x[g])
             p = x[g] + sum(a[g : i + 1])

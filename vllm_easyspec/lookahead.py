@@ -2,7 +2,7 @@
 
 In a group that starts at layer `g` with input `h`, every attention reads `h`, though layer `i` would read `x_i`. Most
 of what is missing is a linear function of what is known: `u = h / rms(h)`, and `f`, the final hidden state of the token
-before, scaled likewise. So attention `i` reads `h + [u, f] A_gi + b_gi`; in block scope MLP `i` reads
+before. So attention `i` reads `h + [u, f] A_gi + b_gi`; in block scope MLP `i` reads
 `p_i + [u, f, p_i / rms(p_i)] M_gi + c_gi`, `p_i` being the group's input and the attentions up to `i`.
 `vllm-easyspec fit` solves for the maps in closed form (`tune/fit.py`).
 
@@ -173,17 +173,34 @@ def write_maps(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mappin
 
 
 class _StackedMaps(nn.Module):
-    """The maps of consecutive layers, each `x + features @ down @ up + bias`. A shorter group takes a prefix."""
+    """The maps of consecutive layers, each `x + features @ down @ up + bias`. A shorter group takes a prefix.
 
-    def __init__(self, parts: Iterable[torch.Tensor]):
-        """parts: down `[layers, features, rank]`, up `[layers, rank, hidden]`, bias `[layers, hidden]`."""
+    The features `[u, f]` are the same for all layers, so their part of all `down` is one matrix, a layer's columns
+    after another's; the part of a layer's own features, where there are any, is stacked.
+    """
+
+    def __init__(self, down: torch.Tensor, up: torch.Tensor, bias: torch.Tensor):
+        """down `[layers, 2 or 3 * hidden, rank]`, up `[layers, rank, hidden]`, bias `[layers, hidden]`."""
         super().__init__()
-        self.down, self.up, self.bias = (nn.Parameter(part, requires_grad=False) for part in parts)
+        shared = 2 * up.shape[2]
+        self.down = nn.Parameter(down[:, :shared].transpose(0, 1).flatten(1), requires_grad=False)
+        self.own_down = nn.Parameter(down[:, shared:].contiguous(), requires_grad=False)
+        self.up, self.bias = (nn.Parameter(part, requires_grad=False) for part in (up, bias.unsqueeze(1)))
+        self.rank = up.shape[1]
+        # By the number of layers; on a small drafter, taking slices would cost as much time as using them.
+        self.prefixes = [
+            (self.down[:, : n * self.rank], self.own_down[:n], self.up[:n], self.bias[:n]) for n in range(len(up) + 1)
+        ]
 
-    def forward(self, x: torch.Tensor, features: torch.Tensor, layers: int) -> torch.Tensor:
-        """x: `[tokens, hidden]` or `[layers, tokens, hidden]`; features likewise. To `[layers, tokens, hidden]`."""
-        thin = torch.matmul(features, self.down[:layers])
-        return torch.baddbmm(x + self.bias[:layers].unsqueeze(1), thin, self.up[:layers])
+    def corrected(self, x: torch.Tensor, features: torch.Tensor, layers: int, own: torch.Tensor | None) -> torch.Tensor:
+        """x: `[tokens, hidden]` or `[layers, tokens, hidden]`; features: `[tokens, 2 * hidden]`; own: `[layers, tokens,
+        hidden]`. To `[layers, tokens, hidden]`.
+        """
+        down, own_down, up, bias = self.prefixes[layers]
+        thin = torch.mm(features, down).view(-1, layers, self.rank).transpose(0, 1)
+        if own is not None:
+            thin = torch.baddbmm(thin, own, own_down)
+        return torch.baddbmm(x + bias, thin, up)
 
 
 class LookaheadMaps(nn.Module):
@@ -195,51 +212,54 @@ class LookaheadMaps(nn.Module):
     """
 
     def __init__(
-        self, tensors: Mapping[str, torch.Tensor], reach: Mapping[int, int], placement: LayerPlacement, rank: int
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        reach: Mapping[int, int],
+        placement: LayerPlacement,
+        rank: int,
+        like: torch.Tensor,
     ):
+        """tensors: as in a file; like: of the drafter's device and dtype."""
         super().__init__()
         self.reach = dict(reach)
-        self.attention = nn.ModuleDict()
-        self.mlp = nn.ModuleDict()
+        self.attention: dict[int, _StackedMaps] = {}
+        self.mlp: dict[int, _StackedMaps] = {}
         for start, last in reach.items():
             group = range(start, last + 1)
             own = [layer - start for layer in placement.layers_of(rank) if layer in group]
             for kind, maps, kept in (("attention", self.attention, own), ("mlp", self.mlp, list(range(len(group))))):
-                stacked = [tensors[f"{kind}.{start}.{part}"] for part in PARTS]
-                maps[str(start)] = _StackedMaps(
-                    torch.cat([torch.zeros_like(part[:1]), part])[kept].contiguous() for part in stacked
-                )
+                stacked = [tensors[f"{kind}.{start}.{part}"].to(like) for part in PARTS]
+                maps[start] = _StackedMaps(*(torch.cat([torch.zeros_like(p[:1]), p])[kept] for p in stacked))
+                self.add_module(f"{kind}_{start}", maps[start])
 
     @classmethod
-    def load(cls, file: LookaheadFile, placement: LayerPlacement, rank: int) -> "LookaheadMaps":
+    def load(cls, file: LookaheadFile, placement: LayerPlacement, rank: int, like: torch.Tensor) -> "LookaheadMaps":
         with safe_open(file.path, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-        return cls(tensors, file.reach, placement, rank)
+        return cls(tensors, file.reach, placement, rank, like)
 
     def of_group(self, start: int, h: torch.Tensor, previous: torch.Tensor) -> "GroupLookahead":
         """For a group from layer `start` on with input h; previous: the final hidden states of the tokens before."""
-        features = torch.cat([rms_scaled(h), rms_scaled(previous)], dim=-1)
-        return GroupLookahead(self.attention[str(start)], self.mlp[str(start)], h, features)
+        features = torch.cat([rms_scaled(h), previous], dim=-1)
+        return GroupLookahead(self.attention[start], self.mlp[start], h, features)
 
 
 @dataclass(frozen=True)
 class GroupLookahead:
     """The maps of one group in one pass."""
 
-    attention: nn.Module
-    mlp: nn.Module
+    attention: _StackedMaps
+    mlp: _StackedMaps
     h: torch.Tensor  # [tokens, hidden]
     features: torch.Tensor  # [u, f], [tokens, 2 * hidden]
 
     def attention_inputs(self, layers: int) -> torch.Tensor:
         """What this rank's `layers` attentions of the group read, `[layers, tokens, hidden]`."""
-        return self.attention(self.h, self.features, layers)
+        return self.attention.corrected(self.h, self.features, layers, None)
 
     def mlp_inputs(self, prefixes: torch.Tensor) -> torch.Tensor:
         """What the group's MLPs read in block scope; prefixes and result `[group, tokens, hidden]`."""
-        layers = prefixes.shape[0]
-        features = torch.cat([self.features.expand(layers, -1, -1), rms_scaled(prefixes)], dim=-1)
-        return self.mlp(prefixes, features, layers)
+        return self.mlp.corrected(prefixes, self.features, prefixes.shape[0], rms_scaled(prefixes))
 
 
 def rms_scaled(x: torch.Tensor) -> torch.Tensor:

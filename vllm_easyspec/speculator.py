@@ -278,8 +278,7 @@ class EasySpecSpeculator(DraftModelSpeculator):
         self.lookahead_file = LookaheadFile.read(path)
         self.lookahead_file.check_drafter(folder, model.shape)
         self.lookahead_file.check_plan(self.drafting.plan)
-        maps = LookaheadMaps.load(self.lookahead_file, model.placement, model.rank)
-        model.lookahead = maps.to(device=self.device, dtype=model.dtype)
+        model.lookahead = LookaheadMaps.load(self.lookahead_file, model.placement, model.rank, model.final_norm)
 
     @property
     def attn_vllm_config(self) -> VllmConfig:

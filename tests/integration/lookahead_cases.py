@@ -52,7 +52,7 @@ def run_case(folder: str, case: Case, reach: dict[int, int]) -> RankResult:
     drafter = StandaloneDrafter(folder, options, max_num_reqs=len(PROMPTS), max_len=128, block_size=case.block_size)
     model = drafter.model
     tensors = random_maps(model.shape.hidden_size, reach)
-    model.lookahead = LookaheadMaps(tensors, reach, model.placement, model.rank)
+    model.lookahead = LookaheadMaps(tensors, reach, model.placement, model.rank, model.final_norm)
     ends = np.cumsum([len(prompt) for prompt in PROMPTS]) - 1
 
     def steps(group_sizes: tuple[int, ...], scope: Any, maps: bool) -> Steps:

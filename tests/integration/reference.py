@@ -50,7 +50,7 @@ class DenseRequest:
             group = range(first, first + size)
             first += size
             h = x
-            known = torch.cat([_scaled(h), _scaled(self.final[-1:])], dim=-1) if maps else None
+            known = torch.cat([_scaled(h), self.final[-1:]], dim=-1) if maps else None
             inputs = {layer: _corrected(h, known, maps, ("attention", group.start, layer)) for layer in group}
             a = {layer: self._attention(layer, inputs[layer], positions, cos, sin) for layer in group}
             if scope == "attention":

@@ -181,7 +181,7 @@ def test_a_group_computes_its_definition(maps_file):
         [h / h.pow(2).mean(-1, keepdim=True).sqrt(), previous / previous.pow(2).mean(-1, True).sqrt()], -1
     )
     for rank, own in ((0, [6]), (1, [5, 7])):  # of the group 5, 6, 7
-        maps = LookaheadMaps.load(LookaheadFile.read(str(maps_file)), LayerPlacement(10, 2), rank)
+        maps = LookaheadMaps.load(LookaheadFile.read(str(maps_file)), LayerPlacement(10, 2), rank, torch.ones(1))
         group = maps.of_group(5, h, previous)
         for row, layer in enumerate(own):
             down, up, bias = (stored[f"attention.5.{part}"][layer - 6] for part in ("down", "up", "bias"))

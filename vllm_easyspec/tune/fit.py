@@ -326,13 +326,12 @@ class Fit:
 
         previous: `[requests, steps, hidden]`; of the passes' tokens those at `steps` count.
         """
-        f = rms_scaled(previous)
         for g, i in pairs:
             if i not in self.own_layers:
                 continue
             h, p = drafting.x(g, BATCH)[:, steps], drafting.prefix(g, i, BATCH)[:, steps]
             x, q = precise.x(i, BATCH)[:, steps], precise.prefix(i, i, BATCH)[:, steps]
-            features = torch.cat([rms_scaled(h), f, rms_scaled(p)], dim=-1)
+            features = torch.cat([rms_scaled(h), previous, rms_scaled(p)], dim=-1)
             missing = torch.cat([x - h, q - p], dim=-1)
             if (g, i) not in moments:
                 moments[g, i] = PairMoments.empty(self.hidden, h.device)
@@ -359,8 +358,7 @@ class Fit:
             for number, part in enumerate(PARTS)
         }
         model = self.drafter.model
-        maps = LookaheadMaps(stacked, self.reach, model.placement, model.rank)
-        model.lookahead = maps.to(device=self.drafter.device, dtype=model.dtype)
+        model.lookahead = LookaheadMaps(stacked, self.reach, model.placement, model.rank, model.final_norm)
         return stacked
 
     def _choose_rank(self, moments: dict[Pair, PairMoments]) -> tuple[int, dict[int, float]]:
