@@ -127,7 +127,8 @@ class DraftLoop:
             self._first_draft(batch, step, self._pass(step, self.precise, "attention"))
         else:
             self.draft(reqs, graph.num_drafts, graph.plan, graph.scope, max_len)  # type: ignore[arg-type]
-        return self.model.counters
+        counted, self.model.counters = self.model.counters, PassCounters()  # later passes count elsewhere
+        return counted
 
     def _layout(self, graph: DraftGraph) -> CalibrationLayout:
         key = graph.num_reqs or 0, graph.read

@@ -61,6 +61,10 @@ class DraftGraphs(CudaGraphManager):
         """The capture size for `num_reqs` requests; 0 where there is none."""
         return next((size for size in self.sizes if size >= num_reqs), 0)
 
+    def padded_to(self, size: int) -> range:
+        """The numbers of requests that take this capture size."""
+        return range(max((smaller for smaller in self.sizes if smaller < size), default=0) + 1, size + 1)
+
     def record(self, wanted: Iterable[DraftGraph], run: Callable[[DraftGraph], PassCounters]) -> None:
         """Capture what is not captured yet. run: the graph's passes; returns what they counted."""
         missing = [graph for graph in wanted if graph not in self.graphs]

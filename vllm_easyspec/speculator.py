@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -199,33 +200,29 @@ class EasySpecSpeculator(DraftModelSpeculator):
         graph = describe(self.graphs.padded(batch.num_reqs))
         return graph if graph in self.graphs.graphs else None
 
-    def _graphs_to_capture(self) -> list[DraftGraph]:
+    def _graphs_to_capture(self, sizes: Collection[int], drafts: Collection[int]) -> list[DraftGraph]:
         assert self.graphs is not None
-        drafts = self._possible_drafts()
         wanted: dict[DraftGraph, None] = {}
-        below = 0
-        for size in self.graphs.sizes:
-            for num_drafts in drafts:
-                if size * (num_drafts + 1) <= self.graphs.max_tokens:
-                    for sampled in drafts:
-                        wanted[DraftGraph.calibrate(size, num_drafts + 1, sampled)] = None
-                if num_drafts > 1:
-                    for reqs in range(below + 1, size + 1):
-                        wanted[DraftGraph.draft(size, num_drafts, *self.drafting.choice(reqs))] = None
-            below = size
+        for size, num_drafts in itertools.product(sizes, drafts):
+            if size * (num_drafts + 1) <= self.graphs.max_tokens:
+                for sampled in drafts:
+                    wanted[DraftGraph.calibrate(size, num_drafts + 1, sampled)] = None
+            if num_drafts > 1:
+                for reqs in self.graphs.padded_to(size):
+                    wanted[DraftGraph.draft(size, num_drafts, *self.drafting.choice(reqs))] = None
         return list(wanted)
 
     def _possible_drafts(self) -> list[int]:
         """Every K that a round may have."""
-        spec, most = self.speculative_config, self.drafting.num_drafts
+        spec = self.speculative_config
         if not spec.uses_dynamic_speculative_decoding():
-            return sorted({most, self.num_speculative_steps})
+            return [self.num_speculative_steps]
         schedule = build_dynamic_sd_schedule_lookup(
             spec.num_speculative_tokens_per_batch_size,
             vllm_max_batch_size=self.max_num_reqs,
             vllm_num_speculative_tokens=self.num_speculative_steps,
         )
-        return sorted({min(num_drafts, most) for num_drafts in schedule[1:]} | set(schedule[1:]))
+        return sorted(set(schedule[1:]))
 
     # ---- counting ----
 
@@ -263,8 +260,6 @@ class EasySpecSpeculator(DraftModelSpeculator):
         self.drafting = dataclasses.replace(self.drafting, **changes)
         if self.draft_logits is not None:
             self.draft_logits[:, self.drafting.num_drafts :] = self.filler_logits
-        if self.graphs is not None and self.graphs.graphs:
-            self.capture()
         self.statistics.reset()
 
     # ---- set-up, in the order in which vLLM calls it ----
@@ -312,14 +307,15 @@ class EasySpecSpeculator(DraftModelSpeculator):
         self.graphs = None
         logger.info_once("easyspec: the drafter runs without CUDA graphs, since %s.", reason)
 
-    def capture(self) -> None:
-        """Record what this engine may draft with. vLLM calls it; so does `configure`, for a plan not captured yet."""
+    def capture(self, batch_sizes: Collection[int] | None = None, drafts: Collection[int] | None = None) -> None:
+        """Record what is missing of the graphs for these batch sizes and these K; for all that may come where None."""
         if self.graphs is None:
             return
         self._take_up_pages()
         self.all_have_room = True
         self.idx_mapping.fill_(-1)
-        self.loop.record(self.graphs, self._graphs_to_capture())
+        sizes = self.graphs.sizes if batch_sizes is None else {self.graphs.padded(size) for size in batch_sizes} - {0}
+        self.loop.record(self.graphs, self._graphs_to_capture(sizes, drafts or self._possible_drafts()))
 
     def bind_pages(self) -> None:
         """Take up the pages that vLLM has bound. Repeatable; raises ValueError for a layout that can't be used."""
