@@ -307,15 +307,19 @@ class EasySpecSpeculator(DraftModelSpeculator):
         self.graphs = None
         logger.info_once("easyspec: the drafter runs without CUDA graphs, since %s.", reason)
 
-    def capture(self, batch_sizes: Collection[int] | None = None, drafts: Collection[int] | None = None) -> None:
-        """Record what is missing of the graphs for these batch sizes and these K; for all that may come where None."""
+    def capture(self) -> None:
+        if self.graphs is not None:
+            self.capture_for(self.graphs.sizes, self._possible_drafts())
+
+    def capture_for(self, batch_sizes: Collection[int], drafts: Collection[int]) -> None:
+        """Record what is missing of the graphs for these batch sizes and these K."""
         if self.graphs is None:
             return
         self._take_up_pages()
         self.all_have_room = True
         self.idx_mapping.fill_(-1)
-        sizes = self.graphs.sizes if batch_sizes is None else {self.graphs.padded(size) for size in batch_sizes} - {0}
-        self.loop.record(self.graphs, self._graphs_to_capture(sizes, drafts or self._possible_drafts()))
+        sizes = {self.graphs.padded(size) for size in batch_sizes} - {0}
+        self.loop.record(self.graphs, self._graphs_to_capture(sizes, drafts))
 
     def bind_pages(self) -> None:
         """Take up the pages that vLLM has bound. Repeatable; raises ValueError for a layout that can't be used."""

@@ -85,13 +85,12 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
         self.speculator.configure(scope, group_sizes, num_speculative_tokens, calibration)
         return self.easyspec_stats()
 
-    def easyspec_capture(self, batch_sizes: list[int], num_speculative_tokens: int | None = None) -> dict:
+    def easyspec_capture(self, batch_sizes: list[int], num_speculative_tokens: list[int]) -> dict:
         """Record CUDA graphs for what `easyspec_configure` set, which runs without them until then.
 
-        Not while requests wait: it takes seconds. Without graphs (on a CPU, or with enforce_eager) it does nothing.
+        It takes seconds, and requests wait meanwhile. Without graphs (on a CPU, or with enforce_eager) it does nothing.
         """
-        drafts = None if num_speculative_tokens is None else [num_speculative_tokens]
-        self.speculator.capture(batch_sizes, drafts)
+        self.speculator.capture_for(batch_sizes, num_speculative_tokens)
         return self.easyspec_stats()
 
     def easyspec_audit(self) -> list[dict]:
