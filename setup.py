@@ -1,5 +1,50 @@
-"""Everything is in pyproject.toml."""
+"""Builds the native operators (csrc/) where a compiler and torch are there; the rest is in pyproject.toml.
 
-from setuptools import setup
+Without them the package works all the same, on plain torch, and says so once when it is used.
+"""
 
-setup()
+import os
+import shutil
+import sys
+import sysconfig
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+SOURCES = Path("csrc")
+TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11, the oldest torch that the build serves
+
+
+def torch_folder() -> Path | None:
+    """Where torch is installed, also seen from pip's isolated build, which hides the environment's packages."""
+    spec = PathFinder.find_spec("torch", [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+class BuildNative(build_ext):
+    """One command of one compiler: nvcc where CUDA's kernels can be built too, else the C++ compiler."""
+
+    def build_extension(self, ext: Extension) -> None:
+        torch = torch_folder()
+        if torch is None:
+            raise CompileError("torch is not in this environment")
+        kinds, libraries, flags = ["*.cpp"], ["-ltorch_cpu"], ["-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-Wall"]
+        compiler = [os.environ.get("CXX", "c++"), *flags]
+        if shutil.which("nvcc") and (torch / "lib" / "libtorch_cuda.so").exists():
+            kinds, libraries = ["*.cpp", "*.cu"], ["-ltorch_cpu", "-ltorch_cuda"]
+            compiler = ["nvcc", "-arch=all-major", "-DEASYSPEC_CUDA", "-DUSE_CUDA", f"-Xcompiler={','.join(flags)}"]
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        command = [*compiler, "-shared", "-std=c++20", "-O3", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
+        command += [f"-I{torch / 'include'}", *(str(path) for kind in kinds for path in sorted(SOURCES.glob(kind)))]
+        command += [f"-L{torch / 'lib'}", *libraries, "-o", str(target)]
+        self.spawn(command)
+
+
+# Optional: setuptools reports a failed build and goes on without. The limited API: it uses nothing of Python's.
+sources = [str(path) for path in sorted(SOURCES.iterdir())]
+native = Extension("vllm_easyspec._native", [], depends=sources, optional=True, py_limited_api=True)
+setup(ext_modules=[native], cmdclass={"build_ext": BuildNative}, options={"bdist_wheel": {"py_limited_api": "cp311"}})
