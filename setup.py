@@ -4,6 +4,7 @@ Without them the package works all the same, on plain torch, and says so once wh
 """
 
 import os
+import platform
 import shutil
 import sys
 import sysconfig
@@ -31,11 +32,13 @@ class BuildNative(build_ext):
         torch = torch_folder()
         if torch is None:
             raise CompileError("torch is not in this environment")
-        kinds, libraries, flags = ["*.cpp"], ["-ltorch_cpu"], ["-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-Wall"]
-        compiler = [os.environ.get("CXX", "c++"), *flags]
-        if shutil.which("nvcc") and (torch / "lib" / "libtorch_cuda.so").exists():
+        flags = ["-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-Wall", "-Wno-psabi", *ext.extra_compile_args]
+        if with_cuda(torch):
             kinds, libraries = ["*.cpp", "*.cu"], ["-ltorch_cpu", "-ltorch_cuda"]
             compiler = ["nvcc", "-arch=all-major", "-DEASYSPEC_CUDA", "-DUSE_CUDA", f"-Xcompiler={','.join(flags)}"]
+        else:
+            kinds, libraries = ["*.cpp"], ["-ltorch_cpu"]
+            compiler = [os.environ.get("CXX", "c++"), *flags]
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         command = [*compiler, "-shared", "-std=c++20", "-O3", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
@@ -44,7 +47,22 @@ class BuildNative(build_ext):
         self.spawn(command)
 
 
-# Optional: setuptools reports a failed build and goes on without. The limited API: it uses nothing of Python's.
-sources = [str(path) for path in sorted(SOURCES.iterdir())]
-native = Extension("vllm_easyspec._native", [], depends=sources, optional=True, py_limited_api=True)
-setup(ext_modules=[native], cmdclass={"build_ext": BuildNative}, options={"bdist_wheel": {"py_limited_api": "cp311"}})
+def with_cuda(torch: Path | None) -> bool:
+    return torch is not None and (torch / "lib" / "libtorch_cuda.so").exists() and shutil.which("nvcc") is not None
+
+
+def native(name: str, *flags: str) -> Extension:
+    # Optional: setuptools reports a failed build and goes on without. The limited API: it uses nothing of Python's.
+    sources = [str(path) for path in sorted(SOURCES.iterdir())]
+    return Extension(name, [], depends=sources, extra_compile_args=list(flags), optional=True, py_limited_api=True)
+
+
+# ops.py chooses by what the processor has. Few CPU kernels matter beside CUDA's, so there one build is enough.
+if platform.machine() == "x86_64":
+    extensions = [native("vllm_easyspec._native", "-march=x86-64-v3")]
+    if not with_cuda(torch_folder()):
+        wide = ("-march=x86-64-v4", "-mprefer-vector-width=512")
+        extensions.append(native("vllm_easyspec._native_avx512", *wide))
+else:
+    extensions = [native("vllm_easyspec._native")]
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildNative}, options={"bdist_wheel": {"py_limited_api": "cp311"}})

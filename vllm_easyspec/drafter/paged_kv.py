@@ -27,6 +27,10 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_easyspec.ops import shift_block_table, shift_slots
 
+# Backends whose pages hold a key and then a value, each as it is: `[pages, kv_heads, page tokens, 2 * head_dim]`. Of
+# vLLM's others CPU_ATTN packs keys for its vector units.
+PLAIN_CACHE_BACKENDS = {"FLASH_ATTN", "TRITON_ATTN"}
+
 
 class DrafterAttention(Attention):
     """Registers the pages of one drafter layer with vLLM and holds the backend's implementation."""
@@ -85,6 +89,7 @@ class PagedKV:
         self.group = group
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.is_plain = bool(layers) and layers[0].attn_backend.get_name() in PLAIN_CACHE_BACKENDS
         # Weak, so as not to keep pages that vLLM lets go; not an address, since later pages may come to lie there.
         self.first_pages = weakref.ref(layers[0].kv_cache) if layers else None
         if layers:
@@ -176,11 +181,18 @@ class PagedPass:
     def positions_for(self, num_layers: int) -> torch.Tensor:
         return self._batch(num_layers).positions
 
-    def attend(self, layers: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def plain_cache(self, layers: slice) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if not self.pages.is_plain:
+            return None, None
+        return self.pages.pages(layers), self._batch(layers.stop - layers.start).slots
+
+    def attend(
+        self, layers: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stored: bool = False
+    ) -> torch.Tensor:
         batch = self._batch(layers.stop - layers.start)
         layer = self.pages.layers[layers.start]
         cache = self.pages.pages(layers)
-        if not layer.attn_backend.forward_includes_kv_cache_update:
+        if not stored and not layer.attn_backend.forward_includes_kv_cache_update:
             layer.impl.do_kv_cache_update(layer, k, v, cache, batch.slots)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         layer.impl.forward(layer, q, k, v, cache, batch.metadata, output=out)
@@ -196,7 +208,12 @@ class UnpagedPass:
     def positions_for(self, num_layers: int) -> torch.Tensor:
         return self.positions.repeat(num_layers)
 
-    def attend(self, layers: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def plain_cache(self, layers: slice) -> tuple[None, None]:
+        return None, None
+
+    def attend(
+        self, layers: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stored: bool = False
+    ) -> torch.Tensor:
         return q.contiguous()
 
 
@@ -221,7 +238,12 @@ class DensePass:
         assert num_layers == 1, "the audit runs the precise plan"
         return self.positions
 
-    def attend(self, layers: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def plain_cache(self, layers: slice) -> tuple[None, None]:
+        return None, None
+
+    def attend(
+        self, layers: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stored: bool = False
+    ) -> torch.Tensor:
         self.seen[layers.start] = (k.clone(), v.clone())
         out = torch.nn.functional.scaled_dot_product_attention(
             q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attn_mask=self._mask, enable_gqa=True
