@@ -56,7 +56,8 @@ class DraftLoop:
 
     def calibrate(self, batch: DraftBatch, ablation: tuple[LayerPlan, Scope] | None = None) -> None:
         """One precise pass over the new tokens, then draft 1. ablation: a plan for the generated ones instead."""
-        self.live[batch.num_reqs :] = False  # rows that a draft graph may add
+        self.positions[batch.num_reqs :] = -1  # rows that a draft graph may add
+        self.live[batch.num_reqs :] = False
         # Padding rows may reach past the longest request, hence the further columns.
         further = 1 + self.draft_tokens.shape[1] // self.pages.block_size
         batch = replace(batch, block_table=torch.nn.functional.pad(batch.block_table, (0, further)))
@@ -85,8 +86,8 @@ class DraftLoop:
             max_seq_len,
         )
         for index in range(1, num_drafts):
-            attention.advance()
-            hidden = self.model(self.draft_tokens[:num_reqs, index - 1], plan, scope, attention)
+            attention.advance(self.draft_tokens[:num_reqs, index - 1])
+            hidden = self.model(attention.input_ids, plan, scope, attention)
             self.sample(index, hidden, positions, num_reqs)
 
     def _pass(self, step: CalibrationStep, plan: LayerPlan, scope: Scope) -> torch.Tensor:
@@ -103,6 +104,7 @@ class DraftLoop:
 
     def record(self, graphs: DraftGraphs, wanted: list[DraftGraph]) -> None:
         """Capture the graphs. No page is written: no request is live while they are recorded."""
+        self.positions.fill_(-1)
         self.live.zero_()
         self.requests.zero_()
         for graph in wanted:
@@ -111,7 +113,7 @@ class DraftLoop:
         graphs.record(wanted, self._run)
 
     def load(self, batch: DraftBatch, graph: DraftGraph) -> None:
-        """Put what a calibration graph reads where it reads it; the rows that it adds hold nothing."""
+        """Put what a calibration graph reads where it reads it; the rows that it adds hold nothing, at position -1."""
         reqs, rows = batch.num_reqs, batch.num_reqs * graph.read
         fields = (batch.start_positions, batch.num_valid, batch.sampled.long(), batch.newest)
         torch.stack(fields, out=self.requests[:, :reqs])

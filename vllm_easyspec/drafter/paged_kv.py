@@ -25,7 +25,11 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_easyspec.ops import advance_draft_inputs, shift_block_table, shift_slots
+from vllm_easyspec.ops import WHY_NOT_NATIVE, advance_draft_inputs, shift_block_table, shift_slots
+
+# Backends whose pages hold a key and then a value, each as it is: `[pages, kv_heads, page tokens, 2 * head_dim]`. Of
+# vLLM's others CPU_ATTN packs keys for its vector units.
+PLAIN_CACHE_BACKENDS = {"FLASH_ATTN", "TRITON_ATTN"}
 
 
 class DrafterAttention(Attention):
@@ -76,11 +80,14 @@ class PagedKV:
         self.group = group
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.layer_stride = num_blocks * block_size  # slots from one layer's pages to the next
         # Weak, so as not to keep pages that vLLM lets go; not an address, since later pages may come to lie there.
         self.first_pages = weakref.ref(layers[0].kv_cache) if layers else None
         if layers:
             self._check_layout()
+        # What `rotate_and_store` may write; its reference can't within a CUDA graph.
+        self.is_plain = (
+            bool(layers) and WHY_NOT_NATIVE is None and layers[0].attn_backend.get_name() in PLAIN_CACHE_BACKENDS
+        )
 
     def _check_layout(self) -> None:
         first = self.layers[0].kv_cache
@@ -121,7 +128,7 @@ class PagedKV:
         return replace(
             sequences,
             positions=sequences.positions.repeat(num_layers),
-            slots=shift_slots(sequences.slots, num_layers, self.layer_stride),
+            slots=shift_slots(sequences.slots, num_layers, self.num_blocks * self.block_size),
             query_start_loc=_repeat_starts(sequences.query_start_loc, num_layers, tokens),
             query_start_loc_cpu=_repeat_starts(sequences.query_start_loc_cpu, num_layers, tokens),
             seq_lens=sequences.seq_lens.repeat(num_layers),
@@ -180,11 +187,18 @@ class PagedPass:
     def positions_for(self, num_layers: int) -> torch.Tensor:
         return self._virtual(num_layers)[0].positions
 
-    def attend(self, layers: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def plain_cache(self, layers: slice) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if not self.pages.is_plain:
+            return None, None
+        return self.pages.pages(layers), self._virtual(layers.stop - layers.start)[0].slots
+
+    def attend(
+        self, layers: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stored: bool = False
+    ) -> torch.Tensor:
         sequences, metadata = self._virtual(layers.stop - layers.start)
         layer = self.pages.layers[layers.start]
         cache = self.pages.pages(layers)
-        if not layer.attn_backend.forward_includes_kv_cache_update:
+        if not stored and not layer.attn_backend.forward_includes_kv_cache_update:
             layer.impl.do_kv_cache_update(layer, k, v, cache, sequences.slots)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         layer.impl.forward(layer, q, k, v, cache, metadata, output=out)
@@ -208,13 +222,14 @@ class DecodePass(PagedPass):
         max_len: int,
         max_seq_len: int,
     ):
-        """positions: `[reqs] int64`, of the tokens before the first step's, changed by `advance`; live: `[reqs]
+        """positions: `[reqs] int64`, of the tokens read last, -1 in rows that pad the batch; live: `[reqs]
         bool`, requests that write and read pages; block_table: `[reqs, width] int32`; num_layers: this rank's share of
         the largest group; max_len: positions that the drafter may hold; max_seq_len: bound on the loop's positions.
         """
         reqs, device = positions.shape[0], positions.device
         self.positions, self.live, self.max_len = positions, live, max_len
         self.block_table = torch.where(live.unsqueeze(1), block_table, 0)
+        self.input_ids = torch.empty_like(positions)
         starts_cpu = torch.arange(num_layers * reqs + 1, dtype=torch.int32)
         bound = min(max_seq_len, max_len)
         # Layer by layer, so that the sequences of fewer layers are the first of these.
@@ -233,16 +248,19 @@ class DecodePass(PagedPass):
         self.builder = builder if builder and builder.supports_draft_decode_metadata_update else None
         super().__init__(pages, self.all_layers)
 
-    def advance(self) -> None:
+    def advance(self, drafts: torch.Tensor) -> None:
+        """drafts: `[reqs] int64`, which become the `input_ids` of the next step."""
         advance_draft_inputs(
+            drafts,
             self.positions,
             self.live,
             self.block_table,
+            self.input_ids,
             self.all_layers.positions,
-            self.all_layers.slots,
             self.all_layers.seq_lens,
+            self.all_layers.slots,
             self.pages.block_size,
-            self.pages.layer_stride,
+            self.pages.num_blocks,
             self.max_len,
         )
         if self.builder is None:
@@ -274,7 +292,12 @@ class UnpagedPass:
     def positions_for(self, num_layers: int) -> torch.Tensor:
         return self.positions.repeat(num_layers)
 
-    def attend(self, layers: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def plain_cache(self, layers: slice) -> tuple[None, None]:
+        return None, None
+
+    def attend(
+        self, layers: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stored: bool = False
+    ) -> torch.Tensor:
         return q.contiguous()
 
 
@@ -299,7 +322,12 @@ class DensePass:
         assert num_layers == 1, "the audit runs the precise plan"
         return self.positions
 
-    def attend(self, layers: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def plain_cache(self, layers: slice) -> tuple[None, None]:
+        return None, None
+
+    def attend(
+        self, layers: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stored: bool = False
+    ) -> torch.Tensor:
         self.seen[layers.start] = (k.clone(), v.clone())
         out = torch.nn.functional.scaled_dot_product_attention(
             q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attn_mask=self._mask, enable_gqa=True
