@@ -11,16 +11,13 @@ import pytest
 import recorded_graph
 import torch
 from drafter_cases import CASES, make_checkpoint
-from vllm.config import CompilationConfig, CUDAGraphMode
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_easyspec.batch import DraftBatch
-from vllm_easyspec.calibration import CalibrationScheduler
 from vllm_easyspec.drafter.plan import LayerPlan
-from vllm_easyspec.drafting import DraftLoop
-from vllm_easyspec.graphs import DraftGraph, DraftGraphs
+from vllm_easyspec.graphs import DraftGraph
 from vllm_easyspec.standalone import StandaloneDrafter, run_ranks
 
 CASE = next(case for case in CASES if case.name == "mistral_tied")
@@ -46,18 +43,13 @@ class Rounds:
         )
         torch.cuda.get_device_capability = lambda device=None: (9, 0)
         recorded_graph.use()
-        self.drafter = StandaloneDrafter(folder, max_num_reqs=MAX_REQS, max_len=MAX_LEN, block_size=BLOCK_SIZE)
-        self.tokens = torch.zeros(MAX_REQS, K, dtype=torch.int64)
+        self.drafter = StandaloneDrafter(
+            folder, max_num_reqs=MAX_REQS, max_len=MAX_LEN, block_size=BLOCK_SIZE, graph_sizes=[SIZE]
+        )
         model, pages = self.drafter.model, self.drafter.pages
-        calibration = CalibrationScheduler(model.shape.vocab_size, MAX_LEN, BLOCK_SIZE, self.drafter.device)
-        self.loop = DraftLoop(
-            model, pages, calibration, torch.zeros_like(self.drafter.block_table), self.tokens, self.sample
-        )
-        config = self.drafter.config
-        config.compilation_config = CompilationConfig(
-            cudagraph_mode=CUDAGraphMode.FULL_DECODE_ONLY, cudagraph_capture_sizes=[SIZE], max_cudagraph_capture_size=64
-        )
-        self.graphs = DraftGraphs(config, self.drafter.device, CUDAGraphMode.FULL_DECODE_ONLY)
+        self.loop = self.drafter.loop(K)
+        self.tokens = self.loop.draft_tokens
+        self.graphs = self.drafter.graphs()
         if pages.group:  # the kernel for decoding that the interpreter takes least time for
             pages.group.get_metadata_builder().seq_threshold_3D = 0
         generator = torch.Generator().manual_seed(1)
@@ -65,9 +57,6 @@ class Rounds:
         self.drafter.read(ids)
         self.pages = pages.pages(slice(0, len(pages.layers))) if pages.layers else torch.zeros(1)
         self.filled = self.pages.clone()
-
-    def sample(self, index: int, hidden: torch.Tensor, positions: torch.Tensor, reqs: int) -> None:
-        self.tokens[:reqs, index] = self.drafter.logits(hidden).argmax(-1)
 
     def batch(self, state: list[tuple[int, int]]) -> DraftBatch:
         reqs = len(state)
