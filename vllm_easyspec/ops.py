@@ -224,7 +224,7 @@ def rotate_and_store(
 
 @_operator(
     "norm_and_project(Tensor x, Tensor norms, Tensor weights, Tensor? bias, int first, int count, float eps) -> Tensor",
-    fake=lambda x, norms, weights, bias, first, count, eps: x.new_empty(count, x.shape[0], weights.shape[2]),
+    fake=lambda x, norms, weights, bias, first, count, eps: x.new_empty(count, x.shape[-2], weights.shape[2]),
 )
 def _norm_and_project(
     x: torch.Tensor,

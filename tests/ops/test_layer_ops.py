@@ -157,6 +157,12 @@ def test_norm_and_project(dtype, tokens, columns):
     check_as_exact(OPERATORS.norm_and_project.default, project_arguments(dtype, tokens=tokens, columns=columns))
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_norm_and_project_of_an_input_a_layer(dtype):
+    _, *arguments = project_arguments(dtype)
+    check_as_exact(OPERATORS.norm_and_project.default, (randn(3, 5, 96, dtype=dtype, scale=3), *arguments))
+
+
 def test_norm_and_project_without_bias():
     check_as_exact(OPERATORS.norm_and_project.default, project_arguments(F32, bias=False))
 
