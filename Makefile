@@ -14,12 +14,12 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed-$(TARGET)
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo test lint lint-cuda format clean
 
 install: $(INSTALLED)
 
-# The project is installed editable: only its metadata and the tool that installs it call for another run.
-$(INSTALLED): pyproject.toml setup.py tools/install.py $(wildcard cpu/*/pyproject.toml) | $(BIN)/pip
+# The project is installed editable: only its metadata, native sources and the tool that installs it call for another run.
+$(INSTALLED): pyproject.toml setup.py tools/install.py $(wildcard cpu/*/pyproject.toml) $(NATIVE) | $(BIN)/pip
 	$(BIN)/python tools/install.py $(TARGET) --torch-index="$(TORCH_INDEX)"
 	touch $@
 
@@ -37,12 +37,19 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(if $(NATIVE),$(BIN)/clang-format --dry-run --Werror $(NATIVE))
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+	$(if $(shell command -v nvcc),$(MAKE) lint-cuda,@echo "lint: no nvcc, CUDA kernels not compiled")
+
+# The kernels include nothing of torch's, so nvcc alone compiles them, GPU or not.
+lint-cuda:
+	for source in csrc/*.cu; do \
+		nvcc -std=c++20 -Werror all-warnings -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 \
+			-c $$source -o /dev/null || exit 1; done
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(if $(NATIVE),$(BIN)/clang-format -i $(NATIVE))
+	$(BIN)/clang-format -i $(NATIVE)
 
 # Build outputs and caches. The set-up stays: delete .venv for a new one.
 clean:

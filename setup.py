@@ -1,5 +1,68 @@
-"""Everything is in pyproject.toml."""
+"""Builds the native operators (csrc/) where a compiler and torch are there; the rest is in pyproject.toml.
 
-from setuptools import setup
+Without them the package works all the same, on plain torch, and says so once when it is used.
+"""
 
-setup()
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+SOURCES = Path("csrc")
+TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11, the oldest torch that the build serves
+
+
+def torch_folder() -> Path | None:
+    """Where torch is installed, also seen from pip's isolated build, which hides the environment's packages."""
+    spec = PathFinder.find_spec("torch", [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+class BuildNative(build_ext):
+    """One command of one compiler: nvcc where CUDA's kernels can be built too, else the C++ compiler."""
+
+    def build_extension(self, ext: Extension) -> None:
+        torch = torch_folder()
+        if torch is None:
+            raise CompileError("torch is not in this environment")
+        flags = ["-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-Wall", "-Wno-psabi", *ext.extra_compile_args]
+        if with_cuda(torch):
+            kinds, libraries = ["*.cpp", "*.cu"], ["-ltorch_cpu", "-ltorch_cuda"]
+            compiler = ["nvcc", "-arch=all-major", "-DEASYSPEC_CUDA", "-DUSE_CUDA", f"-Xcompiler={','.join(flags)}"]
+        else:
+            kinds, libraries = ["*.cpp"], ["-ltorch_cpu"]
+            compiler = [os.environ.get("CXX", "c++"), *flags]
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        command = [*compiler, "-shared", "-std=c++20", "-O3", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
+        command += [f"-I{torch / 'include'}", *(str(path) for kind in kinds for path in sorted(SOURCES.glob(kind)))]
+        command += [f"-L{torch / 'lib'}", *libraries, "-o", str(target)]
+        self.spawn(command)
+
+
+def with_cuda(torch: Path | None) -> bool:
+    return torch is not None and (torch / "lib" / "libtorch_cuda.so").exists() and shutil.which("nvcc") is not None
+
+
+def native(name: str, *flags: str) -> Extension:
+    # Optional: setuptools reports a failed build and goes on without. The limited API: it uses nothing of Python's.
+    sources = [str(path) for path in sorted(SOURCES.iterdir())]
+    return Extension(name, [], depends=sources, extra_compile_args=list(flags), optional=True, py_limited_api=True)
+
+
+# ops.py chooses by what the processor has. Few CPU kernels matter beside CUDA's, so there one build is enough.
+if platform.machine() == "x86_64":
+    extensions = [native("vllm_easyspec._native", "-march=x86-64-v3")]
+    if not with_cuda(torch_folder()):
+        wide = ("-march=x86-64-v4", "-mprefer-vector-width=512")
+        extensions.append(native("vllm_easyspec._native_avx512", *wide))
+else:
+    extensions = [native("vllm_easyspec._native")]
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildNative}, options={"bdist_wheel": {"py_limited_api": "cp311"}})

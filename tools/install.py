@@ -79,12 +79,9 @@ def install_torch(requirement: str, index: str) -> None:
 
 
 def install_cuda() -> None:
-    step(
-        f"vLLM {VLLM}, vllm-easyspec and the development tools",
-        "--no-build-isolation",
-        f"vllm=={VLLM}",
-        "--editable=.[dev]",
-    )
+    step(f"vLLM {VLLM}", f"vllm=={VLLM}")
+    # After torch: the native operators are built against it.
+    step("vllm-easyspec and the development tools", "--no-build-isolation", "--editable=.[dev]")
 
 
 def install_cpu(torch_index: str) -> None:

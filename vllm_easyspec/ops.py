@@ -1,7 +1,141 @@
-"""The drafter's own operators, in plain torch."""
+"""The drafter's own operators: in plain torch, and natively (csrc/) where the package was built with a compiler.
+
+Each operator `torch.ops.vllm_easyspec.<name>` has its schema and its reference here. Where the native library is there,
+its kernels stand in for the references on the devices that it was built for; where it is not, one warning says why.
+"""
+
+import platform
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from vllm.logger import init_logger
+
+logger = init_logger("vllm.easyspec")
+
+NAMESPACE = "vllm_easyspec"
+_library = torch.library.Library(NAMESPACE, "DEF")
+# The plain-torch reference of each operator, which tests compare the kernels with.
+REFERENCES: dict[torch._ops.OpOverload, Callable] = {}
+
+
+def _operator(schema: str, fake: Callable | None = None) -> Callable[[Callable], torch._ops.OpOverload]:
+    """Define `torch.ops.vllm_easyspec.<schema>` with the decorated reference as its implementation on every device.
+
+    fake: as in `torch.library.register_fake`; by default the operator returns nothing.
+    """
+
+    def define(reference: Callable) -> torch._ops.OpOverload:
+        name = schema.partition("(")[0]
+        _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        _library.impl(name, reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake or (lambda *arguments: None), lib=_library)
+        operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+        REFERENCES[operator] = reference
+        return operator
+
+    return define
+
+
+# A pass of at most so many tokens takes a sublayer's dense work on a CPU in one native operator. Longer ones are bound
+# by arithmetic, at which torch's matrix products are better. Measured: docs/experiments.md.
+FEW_TOKENS = 16
+
+
+def _choose(name: str, x: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """The native operator for few tokens on a CPU, `x` being `[..., tokens, hidden]`; else its parts one by one."""
+    operator = getattr(torch.ops.vllm_easyspec, name).default
+    few = x.device.type == "cpu" and WHY_NOT_NATIVE is None and x.shape[-2] <= FEW_TOKENS
+    return operator if few else REFERENCES[operator]
+
+
+@_operator(
+    "advance_draft_inputs(Tensor sampled, Tensor(a!) positions, Tensor live, Tensor block_table, Tensor(b!) input_ids, "
+    "Tensor(c!) query_positions, Tensor(d!) seq_lens, Tensor(e!) slots, int block_size, int num_blocks, int max_len) "
+    "-> ()"
+)
+def _advance_draft_inputs(
+    sampled: torch.Tensor,
+    positions: torch.Tensor,
+    live: torch.Tensor,
+    block_table: torch.Tensor,
+    input_ids: torch.Tensor,
+    query_positions: torch.Tensor,
+    seq_lens: torch.Tensor,
+    slots: torch.Tensor,
+    block_size: int,
+    num_blocks: int,
+    max_len: int,
+) -> None:
+    rows = positions.shape[0]
+    if rows == 0:
+        return
+    padding = positions < 0
+    positions.add_(~padding)
+    query = positions.clamp(min=0, max=max_len - 1)
+    columns = (query // block_size).clamp(max=block_table.shape[1] - 1)
+    blocks = block_table[:rows].gather(1, columns.unsqueeze(1)).squeeze(1).long()
+    written = live & ~padding & (positions < max_len)
+    own = torch.where(written, blocks * block_size + query % block_size, -1)
+    input_ids.copy_(sampled.masked_fill(padding, 0))
+    query_positions.view(-1, rows).copy_(query)
+    seq_lens.view(-1, rows).copy_(query + 1)
+    slots.copy_(shift_slots(own, slots.numel() // rows, num_blocks * block_size).view_as(slots))
+
+
+def advance_draft_inputs(
+    sampled: torch.Tensor,
+    positions: torch.Tensor,
+    live: torch.Tensor,
+    block_table: torch.Tensor,
+    input_ids: torch.Tensor,
+    query_positions: torch.Tensor,
+    seq_lens: torch.Tensor,
+    slots: torch.Tensor,
+    block_size: int,
+    num_blocks: int,
+    max_len: int,
+) -> None:
+    """The inputs of the next draft step of all local layers, from the last step's drafts, in one launch and in place.
+
+    Read: sampled `[rows] int64` of any stride, the drafts; live `[rows] bool`, rows whose K/V is written; block_table
+    `[at least rows, width] int32`, its rows contiguous; block_size; num_blocks, pages of a layer; max_len, the
+    drafter's context.
+
+    Read and written: positions `[rows] int64`, of the tokens read last, each advanced by one, also past `max_len`. A
+    negative position marks a row that pads the batch; it becomes -1.
+
+    Written: input_ids `[rows] int64`, the drafts (0 in padding rows); and for `layers` layers one after another, in
+    contiguous tensors of `layers * rows` elements of which a smaller group takes a prefix: query_positions `int64`,
+    clamped to `max_len - 1` (0 in padding rows); seq_lens `int32`, one more than that (so that no kernel meets an empty
+    sequence); slots `int64`, shifted by `num_blocks * block_size` a layer, and -1 for padding rows, rows that are not
+    live and positions past `max_len`.
+
+    Raises RuntimeError (native only) for another dtype, size or layout.
+    """
+    torch.ops.vllm_easyspec.advance_draft_inputs(
+        sampled,
+        positions,
+        live,
+        block_table,
+        input_ids,
+        query_positions,
+        seq_lens,
+        slots,
+        block_size,
+        num_blocks,
+        max_len,
+    )
+
+
+def _fake_group_rms_norm(x: torch.Tensor, weights: torch.Tensor, eps: float) -> torch.Tensor:
+    return x.new_empty(weights.shape[0], *x.shape[-2:])
+
+
+@_operator("group_rms_norm(Tensor x, Tensor weights, float eps) -> Tensor", fake=_fake_group_rms_norm)
+def _group_rms_norm(x: torch.Tensor, weights: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.rms_norm(x, x.shape[-1:], None, eps) * weights.unsqueeze(1)
 
 
 def group_rms_norm(x: torch.Tensor, weights: torch.Tensor, eps: float) -> torch.Tensor:
@@ -10,7 +144,190 @@ def group_rms_norm(x: torch.Tensor, weights: torch.Tensor, eps: float) -> torch.
     x: `[tokens, hidden]` shared by all layers (the variance is taken once), or `[G, tokens, hidden]`;
     weights: `[G, hidden]`. Returns `[G, tokens, hidden]` in x's dtype.
     """
-    return F.rms_norm(x, x.shape[-1:], None, eps) * weights.unsqueeze(1)
+    return torch.ops.vllm_easyspec.group_rms_norm(x, weights, eps)
+
+
+@_operator("prefix_sums(Tensor x, Tensor outputs) -> Tensor", fake=lambda x, outputs: torch.empty_like(outputs))
+def _prefix_sums(x: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x.unsqueeze(0), outputs]).cumsum(0)[1:]
+
+
+def prefix_sums(x: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """`x` and the outputs up to each: `[tokens, hidden]` and `[G, tokens, hidden]` to `[G, tokens, hidden]`."""
+    return torch.ops.vllm_easyspec.prefix_sums(x, outputs)
+
+
+@_operator(
+    "rotate_and_store(Tensor(a!) qkv, Tensor positions, Tensor cos_sin, int num_heads, int num_kv_heads, bool neox, "
+    "Tensor? q_norms, Tensor? k_norms, int first, float eps, Tensor(b!)? cache, Tensor? slots) -> ()"
+)
+def _rotate_and_store(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    neox: bool,
+    q_norms: torch.Tensor | None,
+    k_norms: torch.Tensor | None,
+    first: int,
+    eps: float,
+    cache: torch.Tensor | None,
+    slots: torch.Tensor | None,
+) -> None:
+    q, k, v = qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=2)
+    cos, sin = cos_sin[positions].view(*qkv.shape[:2], 1, -1).float().chunk(2, dim=-1)
+    half = cos.shape[-1]
+    for heads, norms in ((q, q_norms), (k, k_norms)):
+        if norms is not None:
+            heads.copy_(
+                F.rms_norm(heads, heads.shape[-1:], None, eps) * norms[first : first + qkv.shape[0], None, None]
+            )
+        rotary = heads[..., : 2 * half]
+        one, two = (rotary[..., :half], rotary[..., half:]) if neox else (rotary[..., ::2], rotary[..., 1::2])
+        one_rotated, two_rotated = one * cos - two * sin, two * cos + one * sin
+        one.copy_(one_rotated)
+        two.copy_(two_rotated)
+    if cache is not None and slots is not None:
+        live = slots >= 0
+        pages, rows = slots[live] // cache.shape[2], slots[live] % cache.shape[2]
+        cache[pages, :, rows] = torch.cat([k, v], dim=-1).flatten(0, 1)[live]
+
+
+def rotate_and_store(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    neox: bool,
+    q_norms: torch.Tensor | None = None,
+    k_norms: torch.Tensor | None = None,
+    first: int = 0,
+    eps: float = 0.0,
+    cache: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+) -> None:
+    """Head norms (where there are any) and rotary embedding of a group's queries and keys, in place, and keys and
+    values into the pages where a cache is given.
+
+    qkv: `[layers, tokens, num_heads + 2 * num_kv_heads, head_dim]`; positions: `[layers * tokens] int64`; cos_sin:
+    `[positions, rotary_dim]`, cosines before sines; neox: the two parts of a head are its halves, else neighbours;
+    q_norms, k_norms: `[all layers, head_dim]`, of which the group's begin at `first`; cache: `[pages, num_kv_heads,
+    page tokens, 2 * head_dim]`, a key and then a value, of any strides but the last; slots: `[layers * tokens] int64`,
+    nothing is written at negative ones.
+    """
+    torch.ops.vllm_easyspec.rotate_and_store(
+        qkv, positions, cos_sin, num_heads, num_kv_heads, neox, q_norms, k_norms, first, eps, cache, slots
+    )
+
+
+@_operator(
+    "norm_and_project(Tensor x, Tensor norms, Tensor weights, Tensor? bias, int first, int count, float eps) -> Tensor",
+    fake=lambda x, norms, weights, bias, first, count, eps: x.new_empty(count, x.shape[-2], weights.shape[2]),
+)
+def _norm_and_project(
+    x: torch.Tensor,
+    norms: torch.Tensor,
+    weights: torch.Tensor,
+    bias: torch.Tensor | None,
+    first: int,
+    count: int,
+    eps: float,
+) -> torch.Tensor:
+    own = slice(first, first + count)
+    out = torch.matmul(group_rms_norm(x, norms[own], eps), weights[own])
+    return out if bias is None else out.add_(bias[own].unsqueeze(1))
+
+
+def norm_and_project(
+    x: torch.Tensor,
+    norms: torch.Tensor,
+    weights: torch.Tensor,
+    bias: torch.Tensor | None,
+    first: int,
+    count: int,
+    eps: float,
+) -> torch.Tensor:
+    """Norm and projection by `count` layers from `first` on, of one input `[tokens, hidden]` or one a layer
+    `[count, tokens, hidden]`: to `[count, tokens, columns]`.
+
+    norms: `[layers, hidden]`; weights: `[layers, hidden, columns]`; bias: `[layers, columns]`.
+    """
+    return _choose("norm_and_project", x)(x, norms, weights, bias, first, count, eps)
+
+
+@_operator(
+    "project_among_zeros(Tensor x, Tensor weights, Tensor? bias, int first, int group, int offset, int step) -> Tensor",
+    fake=lambda x, weights, bias, first, group, offset, step: x.new_empty(group, x.shape[1], weights.shape[2]),
+)
+def _project_among_zeros(
+    x: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None, first: int, group: int, offset: int, step: int
+) -> torch.Tensor:
+    count = x.shape[0]
+    local = torch.matmul(x, weights[first : first + count])
+    if bias is not None:
+        local += bias[first : first + count].unsqueeze(1)
+    if group == count:
+        return local
+    out = local.new_zeros(group, *local.shape[1:])
+    out[offset : offset + step * count : step] = local
+    return out
+
+
+def project_among_zeros(
+    x: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None, first: int, group: int, offset: int, step: int
+) -> torch.Tensor:
+    """Projections by a rank's share of a group, zeros for the other ranks' layers: `[count, tokens, inner]` to
+    `[group, tokens, columns]`.
+
+    weights: `[layers, inner, columns]` and bias: `[layers, columns]`, the share's from `first` on. It is every
+    `step`-th layer of the group from its `offset`-th.
+    """
+    return _choose("project_among_zeros", x)(x, weights, bias, first, group, offset, step)
+
+
+@_operator(
+    "sum_of_mlps(Tensor inputs, Tensor norms, Tensor gate_up, Tensor? gate_up_bias, Tensor down, Tensor? residual, "
+    "int first, float eps) -> Tensor",
+    fake=lambda inputs, *others: torch.empty_like(inputs[0]),
+)
+def _sum_of_mlps(
+    inputs: torch.Tensor,
+    norms: torch.Tensor,
+    gate_up: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down: torch.Tensor,
+    residual: torch.Tensor | None,
+    first: int,
+    eps: float,
+) -> torch.Tensor:
+    own = slice(first, first + inputs.shape[0])
+    hidden = torch.matmul(group_rms_norm(inputs, norms[own], eps), gate_up[own])
+    if gate_up_bias is not None:
+        hidden += gate_up_bias[own].unsqueeze(1)
+    # The down projections and their sum are one product: the layers' widths lie side by side.
+    total = silu_and_mul(hidden).transpose(0, 1).flatten(1) @ down[own].flatten(0, 1)
+    return total if residual is None else residual + total
+
+
+def sum_of_mlps(
+    inputs: torch.Tensor,
+    norms: torch.Tensor,
+    gate_up: torch.Tensor,
+    gate_up_bias: torch.Tensor | None,
+    down: torch.Tensor,
+    residual: torch.Tensor | None,
+    first: int,
+    eps: float,
+) -> torch.Tensor:
+    """The sum of the gated MLPs of the layers from `first` on, each on its own input, and of `residual`
+    (`[tokens, hidden]`) if given: `[count, tokens, hidden]` to `[tokens, hidden]`.
+
+    norms: `[layers, hidden]`; gate_up: `[layers, hidden, 2 * width]`, gates first; gate_up_bias: `[layers,
+    2 * width]`; down: `[layers, width, hidden]`.
+    """
+    return _choose("sum_of_mlps", inputs)(inputs, norms, gate_up, gate_up_bias, down, residual, first, eps)
 
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
@@ -33,3 +350,33 @@ def shift_block_table(block_table: torch.Tensor, num_layers: int, num_blocks: in
     """Block tables of `num_layers` layers, one after another: `[reqs, width]` to `[num_layers * reqs, width]` int32."""
     shifts = torch.arange(num_layers, device=block_table.device, dtype=block_table.dtype) * num_blocks
     return (block_table + shifts[:, None, None]).view(-1, block_table.shape[1])
+
+
+def _load_native() -> str | None:
+    """Put the native kernels in the place of the references. Returns why there are none, or None."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if platform.machine() == "x86_64" and capability == "DEFAULT":
+        return "this processor has no AVX2"
+    names = ["_native_avx512", "_native"] if capability == "AVX512" else ["_native"]
+    built = [path for name in names for path in Path(__file__).parent.glob(f"{name}.*so")]
+    if not built:
+        return "they have not been built"
+    try:
+        torch.ops.load_library(built[0])
+    except OSError as error:
+        return f"they do not load: {error}"
+    if torch.version.cuda and not torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"{NAMESPACE}::group_rms_norm", "CUDA"
+    ):
+        return "they were built without nvcc, for the CPU only"
+    return None
+
+
+# Why this process has no native operators; None where it has them.
+WHY_NOT_NATIVE = _load_native()
+if WHY_NOT_NATIVE is not None:
+    logger.warning(
+        "native operators are not used, since %s. Drafting runs on plain torch, slower. To build them, install a C++ "
+        "compiler (on a GPU host nvcc too) and then vllm-easyspec again with pip's --no-build-isolation",
+        WHY_NOT_NATIVE,
+    )

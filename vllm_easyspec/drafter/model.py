@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import (
@@ -31,7 +30,14 @@ from vllm_easyspec.drafter.plan import LayerPlan, Scope
 from vllm_easyspec.drafter.weights import load_drafter_weights
 from vllm_easyspec.lookahead import GroupLookahead, LookaheadMaps
 from vllm_easyspec.metrics import PassCounters
-from vllm_easyspec.ops import group_rms_norm, silu_and_mul
+from vllm_easyspec.ops import (
+    group_rms_norm,
+    norm_and_project,
+    prefix_sums,
+    project_among_zeros,
+    rotate_and_store,
+    sum_of_mlps,
+)
 
 
 class Attend(Protocol):
@@ -41,12 +47,21 @@ class Attend(Protocol):
         """Positions `[num_layers * tokens] int64` of the pass's tokens, repeated for each layer."""
         ...
 
-    def attend(self, layers: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Store k and v, attend with q; all, and the result, `[layers * tokens, heads, head_dim]`, layer by layer."""
+    def plain_cache(self, layers: slice) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The pages and slots that `rotate_and_store` may write keys and values to; (None, None) where it can't."""
+        ...
+
+    def attend(
+        self, layers: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stored: bool = False
+    ) -> torch.Tensor:
+        """Store k and v unless they are `stored`, attend with q; all, and the result, `[layers * tokens, heads,
+        head_dim]`, layer by layer."""
         ...
 
 
 class LayerParallelDrafter(nn.Module):
+    cos_sin: torch.Tensor  # [positions, rotary dim], as the rotary embedding holds them
+
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         config = vllm_config.model_config.hf_config
@@ -74,6 +89,7 @@ class LayerParallelDrafter(nn.Module):
             max_position=max(shape.max_position_embeddings, vllm_config.model_config.max_model_len),
             rope_parameters=shape.rope_parameters,
         )
+        self.register_buffer("cos_sin", self.rotary.cos_sin_cache.to(self.dtype), persistent=False)
         cache_config = copy.copy(vllm_config.cache_config)
         cache_config.sliding_window = None  # a layer without a window of its own would take this one, the target's
         self.attention = nn.ModuleList(
@@ -139,15 +155,13 @@ class LayerParallelDrafter(nn.Module):
             outputs = self._attention_outputs(x, group, attention, ahead)
             if self.observer is not None:
                 self.observer(group, x, outputs)
-            if scope == "attention" or len(group) == 1:
-                for layer, output in zip(group, outputs, strict=True):
-                    x = x + output
-                    x = x + self._mlps(x.unsqueeze(0), range(layer, layer + 1))
-            else:
-                # Each MLP reads its own prefix: the group's input and the attentions up to its own.
-                prefixes = torch.cat([x.unsqueeze(0), outputs]).cumsum(0)[1:]
-                x = prefixes[-1] + self._mlps(prefixes if ahead is None else ahead.mlp_inputs(prefixes), group)
-        return F.rms_norm(x, x.shape[-1:], self.final_norm, self.shape.rms_norm_eps)
+            # Block scope: each MLP reads its own prefix, the group's input and the attentions up to its own.
+            size = 1 if scope == "attention" else len(group)
+            for start in range(0, len(group), size):
+                prefixes = prefix_sums(x, outputs[start : start + size])
+                inputs = prefixes if ahead is None or size == 1 else ahead.mlp_inputs(prefixes)
+                x = self._mlps(inputs, prefixes[-1], group[start : start + size])
+        return group_rms_norm(x, self.final_norm.unsqueeze(0), self.shape.rms_norm_eps)[0]
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[rows, hidden]` to `[rows, vocab]`, gathered on every rank."""
@@ -156,6 +170,11 @@ class LayerParallelDrafter(nn.Module):
     def get_top_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
         """The arg-max over the vocabulary, two numbers a rank in place of the logits: `[rows, hidden]` to `[rows]`."""
         return self.logits_processor.get_top_tokens(self.lm_head, hidden)
+
+    def largest_share(self, plan: LayerPlan) -> int:
+        """Layers of one group that live on this rank, at most."""
+        shares = (self.placement.local_slice(self.rank, group) for group in plan.groups)
+        return max(share.stop - share.start for share in shares)
 
     def _attention_outputs(
         self, x: torch.Tensor, group: range, attention: Attend, ahead: GroupLookahead | None
@@ -167,57 +186,66 @@ class LayerParallelDrafter(nn.Module):
         mine = self.placement.local_slice(self.rank, group)
         count, tokens = mine.stop - mine.start, x.shape[0]
         if count == 0:
-            outputs = x.new_zeros(len(group), tokens, x.shape[1])
-            return self._all_reduce_attention(outputs)
+            return self._all_reduce_attention(x.new_zeros(len(group), tokens, x.shape[1]))
         inputs = x if ahead is None else ahead.attention_inputs(count)
-        qkv = torch.matmul(group_rms_norm(inputs, self.attention_norms[mine], self.shape.rms_norm_eps), self.wqkv[mine])
-        if self.bqkv is not None:
-            qkv += self.bqkv[mine].unsqueeze(1)
-        q, k, v = self._rotated_qkv(qkv, mine, attention.positions_for(count))
-        mixed = attention.attend(mine, q, k, v).view(count, tokens, self.shape.q_size)
+        qkv = norm_and_project(
+            inputs, self.attention_norms, self.wqkv, self.bqkv, mine.start, count, self.shape.rms_norm_eps
+        )
+        cache, slots = attention.plain_cache(mine)
+        q, k, v = self._rotated_qkv(qkv, mine, attention.positions_for(count), cache, slots)
+        mixed = attention.attend(mine, q, k, v, cache is not None).view(count, tokens, self.shape.q_size)
         self.counters.cache_writes += 1
         self.counters.attention_calls += 1
-        local = torch.matmul(mixed, self.wo[mine])
-        if self.bo is not None:
-            local += self.bo[mine].unsqueeze(1)
-        if self.num_ranks == 1:
-            return local
-        outputs = local.new_zeros(len(group), tokens, x.shape[1])
-        first = self.local_layers[mine.start] - group.start
-        outputs[first :: self.num_ranks] = local
-        return self._all_reduce_attention(outputs)
+        offset = self.local_layers[mine.start] - group.start
+        outputs = project_among_zeros(mixed, self.wo, self.bo, mine.start, len(group), offset, self.num_ranks)
+        return outputs if self.num_ranks == 1 else self._all_reduce_attention(outputs)
 
     def _rotated_qkv(
-        self, qkv: torch.Tensor, mine: slice, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """qkv `[layers, tokens, q + 2 kv]` to q, k, v, each `[layers * tokens, heads, head_dim]`."""
+        self,
+        qkv: torch.Tensor,
+        mine: slice,
+        positions: torch.Tensor,
+        cache: torch.Tensor | None,
+        slots: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...]:
+        """qkv `[layers, tokens, q + 2 kv]` to q, k, v, each `[layers * tokens, heads, head_dim]`; k and v are
+        stored where a cache is given."""
         shape = self.shape
-        q, k, v = qkv.flatten(0, 1).split([shape.q_size, shape.kv_size, shape.kv_size], dim=-1)
-        if self.q_norms is not None and self.k_norms is not None:
-            q, k = self._head_norm(q, self.q_norms[mine]), self._head_norm(k, self.k_norms[mine])
-        q, k = self.rotary(positions, q, k)
-        return tuple(t.unflatten(-1, (-1, shape.head_dim)) for t in (q, k, v))  # type: ignore[return-value]
+        heads = qkv.unflatten(-1, (-1, shape.head_dim))
+        rotate_and_store(
+            heads,
+            positions,
+            self.cos_sin,
+            shape.num_heads,
+            shape.num_kv_heads,
+            self.rotary.is_neox_style,
+            self.q_norms,
+            self.k_norms,
+            mine.start,
+            shape.rms_norm_eps,
+            cache,
+            slots,
+        )
+        return heads.flatten(0, 1).split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
 
-    def _head_norm(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Qwen3's norm of each head: x `[layers * tokens, heads * head_dim]`, weights `[layers, head_dim]`."""
-        heads = x.unflatten(-1, (-1, self.shape.head_dim)).unflatten(0, (weights.shape[0], -1))
-        normed = F.rms_norm(heads, heads.shape[-1:], None, self.shape.rms_norm_eps) * weights[:, None, None]
-        return normed.flatten(2).flatten(0, 1)
-
-    def _mlps(self, inputs: torch.Tensor, layers: range) -> torch.Tensor:
-        """The sum of the layers' MLPs, each on its own input: `[layers, tokens, hidden]` to `[tokens, hidden]`."""
-        own = slice(layers.start, layers.stop)
-        normed = group_rms_norm(inputs, self.mlp_norms[own], self.shape.rms_norm_eps)
-        gate_up = torch.matmul(normed, self.w_gate_up[own])
-        if self.b_gate_up is not None:
-            gate_up += self.b_gate_up[own].unsqueeze(1)
-        # The down projections and their sum are one product: the layers' widths lie side by side.
-        wide = silu_and_mul(gate_up).transpose(0, 1).flatten(1)
-        total = wide @ self.w_down[own].flatten(0, 1)
-        if self.num_ranks > 1 and self.mlp is MlpPlacement.TENSOR:
+    def _mlps(self, inputs: torch.Tensor, residual: torch.Tensor, layers: range) -> torch.Tensor:
+        """The residual and the sum of the layers' MLPs, each on its own input: `[layers, tokens, hidden]` and
+        `[tokens, hidden]` to `[tokens, hidden]`."""
+        tensor_parallel = self.num_ranks > 1 and self.mlp is MlpPlacement.TENSOR
+        total = sum_of_mlps(
+            inputs,
+            self.mlp_norms,
+            self.w_gate_up,
+            self.b_gate_up,
+            self.w_down,
+            None if tensor_parallel else residual,
+            layers.start,
+            self.shape.rms_norm_eps,
+        )
+        if tensor_parallel:
             self.counters.mlp_collectives += 1
-            total = self._sum_over_ranks(total)
-        return total if self.b_down is None else total + self.b_down[own].sum(0)
+            total = residual + self._sum_over_ranks(total)
+        return total if self.b_down is None else total + self.b_down[layers.start : layers.stop].sum(0)
 
     def _all_reduce_attention(self, outputs: torch.Tensor) -> torch.Tensor:
         """Every rank fills the rows of its own layers; adding zeros is exact, so all ranks get the owners' bits."""

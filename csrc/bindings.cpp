@@ -1,0 +1,406 @@
+// The operators' kernels for torch, over its stable ABI: one build serves several torch versions. The schemas, and a
+// reference of each operator in plain torch, are in vllm_easyspec/ops.py.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "advance_draft_inputs.h"
+#include "group_rms_norm.h"
+#include "prefix_sums.h"
+#include "rotate_and_store.h"
+#include "sublayers_cpu.h"
+
+#ifdef EASYSPEC_CUDA
+#include <cuda_runtime.h>
+#endif
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace easyspec {
+namespace {
+
+DType dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, " is neither float32 nor bfloat16 nor float16");
+  }
+}
+
+void check(const Tensor& tensor, const char* name, ScalarType dtype, int64_t numel) {
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " has another dtype than the schema's docstring asks for");
+  STD_TORCH_CHECK(tensor.numel() == numel, name, " has ", tensor.numel(), " elements, not ", numel);
+}
+
+void check_contiguous(const Tensor& tensor, const char* name, ScalarType dtype, int64_t numel) {
+  check(tensor, name, dtype, numel);
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, " is not contiguous");
+}
+
+// Where the rows from `first` on begin.
+void* rows_from(const Tensor& tensor, int64_t first) {
+  return static_cast<char*>(tensor.data_ptr()) + first * tensor.stride(0) * tensor.element_size();
+}
+
+void* rows_from(const std::optional<Tensor>& tensor, int64_t first) {
+  return tensor ? rows_from(*tensor, first) : nullptr;
+}
+
+// A stacked weight of all layers, of which a call takes `count` from `first` on.
+void check_stacked(const std::optional<Tensor>& tensor,
+                   const char* name,
+                   ScalarType dtype,
+                   int64_t first,
+                   int64_t count,
+                   int64_t numel_of_layer) {
+  if (!tensor) return;
+  STD_TORCH_CHECK(first >= 0 && first + count <= tensor->size(0), name, " has ", tensor->size(0), " layers");
+  check_contiguous(*tensor, name, dtype, tensor->size(0) * numel_of_layer);
+}
+
+// Memory for the intermediate results of one call on the host.
+float* scratch(int64_t numbers) {
+  static thread_local std::vector<float> memory;
+  if (static_cast<int64_t>(memory.size()) < numbers) memory.resize(numbers);
+  return memory.data();
+}
+
+// Run a phase's tasks, of `work` multiplications each, on torch's threads; few multiplications on this one alone.
+template <class Args>
+void run_phase(void (*phase)(const Args&, int64_t, int64_t), const Args& args, int64_t tasks, int64_t work) {
+  constexpr int64_t kWorkOfAThread = 1 << 16;
+  const int64_t grain = std::max<int64_t>(1, kWorkOfAThread / std::max<int64_t>(1, work));
+  if (tasks <= grain) return phase(args, 0, tasks);
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) { phase(args, begin, end); });
+}
+
+#ifdef EASYSPEC_CUDA
+// The device of `tensor` and its current stream; raises for a kernel that could not be launched.
+template <class Launch>
+void on_device_of(const Tensor& tensor, Launch launch) {
+  const auto index = tensor.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(index);
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+  launch(stream);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+#endif
+
+void advance_draft_inputs(const Tensor& sampled,
+                          const Tensor& positions,
+                          const Tensor& live,
+                          const Tensor& block_table,
+                          const Tensor& input_ids,
+                          const Tensor& query_positions,
+                          const Tensor& seq_lens,
+                          const Tensor& slots,
+                          int64_t block_size,
+                          int64_t num_blocks,
+                          int64_t max_len) {
+  const int64_t rows = positions.numel();
+  if (rows == 0) return;
+  const int64_t layers = slots.numel() / rows;
+  check(sampled, "sampled", ScalarType::Long, rows);
+  check_contiguous(positions, "positions", ScalarType::Long, rows);
+  check_contiguous(live, "live", ScalarType::Bool, rows);
+  check_contiguous(input_ids, "input_ids", ScalarType::Long, rows);
+  check_contiguous(query_positions, "query_positions", ScalarType::Long, layers * rows);
+  check_contiguous(seq_lens, "seq_lens", ScalarType::Int, layers * rows);
+  check_contiguous(slots, "slots", ScalarType::Long, layers * rows);
+  STD_TORCH_CHECK(block_table.dim() == 2 && block_table.size(0) >= rows && block_table.stride(1) == 1,
+                  "block_table is not [rows, width] with contiguous rows");
+  check(block_table, "block_table", ScalarType::Int, block_table.size(0) * block_table.size(1));
+  const AdvanceDraftInputs args{
+      .sampled = static_cast<const int64_t*>(sampled.data_ptr()),
+      .sampled_stride = sampled.stride(0),
+      .positions = static_cast<int64_t*>(positions.data_ptr()),
+      .live = static_cast<const bool*>(live.data_ptr()),
+      .table = static_cast<const int32_t*>(block_table.data_ptr()),
+      .table_stride = block_table.stride(0),
+      .table_width = block_table.size(1),
+      .input_ids = static_cast<int64_t*>(input_ids.data_ptr()),
+      .query_positions = static_cast<int64_t*>(query_positions.data_ptr()),
+      .seq_lens = static_cast<int32_t*>(seq_lens.data_ptr()),
+      .slots = static_cast<int64_t*>(slots.data_ptr()),
+      .rows = rows,
+      .layers = layers,
+      .block_size = block_size,
+      .num_blocks = num_blocks,
+      .max_len = max_len,
+  };
+#ifdef EASYSPEC_CUDA
+  if (positions.is_cuda()) {
+    on_device_of(positions, [&](void* stream) { advance_draft_inputs_cuda(args, stream); });
+    return;
+  }
+#endif
+  advance_draft_inputs_cpu(args);
+}
+
+Tensor group_rms_norm(const Tensor& x, const Tensor& weights, double eps) {
+  STD_TORCH_CHECK(weights.dim() == 2 && x.dim() >= 2 && x.dim() <= 3,
+                  "x or weights has the wrong number of dimensions");
+  const int64_t layers = weights.size(0), tokens = x.size(x.dim() - 2), hidden = weights.size(1);
+  const bool shared = x.dim() == 2;
+  check_contiguous(x, "x", x.scalar_type(), (shared ? 1 : layers) * tokens * hidden);
+  check_contiguous(weights, "weights", x.scalar_type(), layers * hidden);
+  Tensor out = torch::stable::new_empty(x, {layers, tokens, hidden});
+  const GroupRmsNorm args{
+      .x = x.data_ptr(),
+      .weights = weights.data_ptr(),
+      .out = out.data_ptr(),
+      .layers = layers,
+      .tokens = tokens,
+      .hidden = hidden,
+      .shared = shared,
+      .eps = static_cast<float>(eps),
+      .dtype = dtype_of(x, "x"),
+  };
+  if (num_rows(args) == 0) return out;
+#ifdef EASYSPEC_CUDA
+  if (x.is_cuda()) {
+    on_device_of(x, [&](void* stream) { group_rms_norm_cuda(args, stream); });
+    return out;
+  }
+#endif
+  run_phase(group_rms_norm_cpu, args, num_rows(args), hidden * (shared ? layers : 1));
+  return out;
+}
+
+Tensor prefix_sums(const Tensor& x, const Tensor& outputs) {
+  STD_TORCH_CHECK(outputs.dim() == 3, "outputs is not [layers, tokens, hidden]");
+  const int64_t layers = outputs.size(0), size = x.numel();
+  check_contiguous(x, "x", x.scalar_type(), size);
+  check_contiguous(outputs, "outputs", x.scalar_type(), layers * size);
+  Tensor sums = torch::stable::empty_like(outputs);
+  const PrefixSums args{
+      .x = x.data_ptr(),
+      .outputs = outputs.data_ptr(),
+      .sums = sums.data_ptr(),
+      .layers = layers,
+      .size = size,
+      .dtype = dtype_of(x, "x"),
+  };
+  if (size == 0) return sums;
+#ifdef EASYSPEC_CUDA
+  if (x.is_cuda()) {
+    on_device_of(x, [&](void* stream) { prefix_sums_cuda(args, stream); });
+    return sums;
+  }
+#endif
+  run_phase(prefix_sums_cpu, args, size, layers);
+  return sums;
+}
+
+void rotate_and_store(const Tensor& qkv,
+                      const Tensor& positions,
+                      const Tensor& cos_sin,
+                      int64_t num_heads,
+                      int64_t num_kv_heads,
+                      bool neox,
+                      const std::optional<Tensor>& q_norms,
+                      const std::optional<Tensor>& k_norms,
+                      int64_t first,
+                      double eps,
+                      const std::optional<Tensor>& cache,
+                      const std::optional<Tensor>& slots) {
+  STD_TORCH_CHECK(qkv.dim() == 4, "qkv is not [layers, tokens, heads, head_dim]");
+  const int64_t layers = qkv.size(0), rows = layers * qkv.size(1), head_dim = qkv.size(3);
+  const ScalarType dtype = qkv.scalar_type();
+  if (rows == 0) return;
+  check_contiguous(qkv, "qkv", dtype, rows * (num_heads + 2 * num_kv_heads) * head_dim);
+  check_contiguous(positions, "positions", ScalarType::Long, rows);
+  STD_TORCH_CHECK(cos_sin.dim() == 2 && cos_sin.size(1) <= head_dim, "cos_sin is not [positions, rotary_dim]");
+  check_contiguous(cos_sin, "cos_sin", dtype, cos_sin.numel());
+  check_stacked(q_norms, "q_norms", dtype, first, layers, head_dim);
+  check_stacked(k_norms, "k_norms", dtype, first, layers, head_dim);
+  RotateAndStore args{
+      .qkv = qkv.data_ptr(),
+      .positions = static_cast<const int64_t*>(positions.data_ptr()),
+      .cos_sin = cos_sin.data_ptr(),
+      .q_norms = rows_from(q_norms, first),
+      .k_norms = rows_from(k_norms, first),
+      .cache = nullptr,
+      .slots = nullptr,
+      .page_stride = 0,
+      .head_stride = 0,
+      .token_stride = 0,
+      .page_tokens = 1,
+      .rows = rows,
+      .tokens = qkv.size(1),
+      .heads = num_heads,
+      .kv_heads = num_kv_heads,
+      .head_dim = head_dim,
+      .rotary_dim = cos_sin.size(1),
+      .neox = neox,
+      .eps = static_cast<float>(eps),
+      .dtype = dtype_of(qkv, "qkv"),
+  };
+  if (cache) {
+    STD_TORCH_CHECK(cache->dim() == 4 && cache->size(1) == num_kv_heads && cache->size(3) == 2 * head_dim &&
+                        cache->stride(3) == 1 && cache->scalar_type() == dtype,
+                    "cache is not [pages, kv_heads, page tokens, 2 * head_dim] of qkv's dtype");
+    STD_TORCH_CHECK(slots.has_value(), "a cache needs slots");
+    check_contiguous(*slots, "slots", ScalarType::Long, rows);
+    args.cache = cache->data_ptr();
+    args.slots = static_cast<const int64_t*>(slots->data_ptr());
+    args.page_stride = cache->stride(0);
+    args.head_stride = cache->stride(1);
+    args.token_stride = cache->stride(2);
+    args.page_tokens = cache->size(2);
+  }
+#ifdef EASYSPEC_CUDA
+  if (qkv.is_cuda()) {
+    on_device_of(qkv, [&](void* stream) { rotate_and_store_cuda(args, stream); });
+    return;
+  }
+#endif
+  run_phase(rotate_and_store_cpu, args, rows, 4 * (num_heads + num_kv_heads) * head_dim);
+}
+
+Tensor norm_and_project(const Tensor& x,
+                        const Tensor& norms,
+                        const Tensor& weights,
+                        const std::optional<Tensor>& bias,
+                        int64_t first,
+                        int64_t layers,
+                        double eps) {
+  const bool one_input = x.dim() == 2;
+  STD_TORCH_CHECK((one_input || (x.dim() == 3 && x.size(0) == layers)) && weights.dim() == 3,
+                  "x or weights has the wrong number of dimensions, or x another number of layers");
+  const int64_t tokens = x.size(x.dim() - 2), hidden = weights.size(1), columns = weights.size(2);
+  const ScalarType dtype = x.scalar_type();
+  check_contiguous(x, "x", dtype, (one_input ? 1 : layers) * tokens * hidden);
+  check_stacked(norms, "norms", dtype, first, layers, hidden);
+  check_stacked(weights, "weights", dtype, first, layers, hidden * columns);
+  check_stacked(bias, "bias", dtype, first, layers, columns);
+  Tensor out = torch::stable::new_empty(x, {layers, tokens, columns});
+  const NormAndProject args{
+      .x = x.data_ptr(),
+      .layer_step = one_input ? 0 : tokens * hidden,
+      .norms = rows_from(norms, first),
+      .weights = rows_from(weights, first),
+      .bias = rows_from(bias, first),
+      .out = out.data_ptr(),
+      .normed = scratch(layers * tokens * hidden),
+      .layers = layers,
+      .tokens = tokens,
+      .hidden = hidden,
+      .columns = columns,
+      .eps = static_cast<float>(eps),
+      .dtype = dtype_of(x, "x"),
+  };
+  run_phase<NormAndProject>(norm_phase, args, tokens, layers * hidden);
+  run_phase<NormAndProject>(project_phase, args, layers * num_tiles(columns), tokens * hidden * kTile);
+  return out;
+}
+
+Tensor project_among_zeros(const Tensor& x,
+                           const Tensor& weights,
+                           const std::optional<Tensor>& bias,
+                           int64_t first,
+                           int64_t group,
+                           int64_t offset,
+                           int64_t step) {
+  STD_TORCH_CHECK(x.dim() == 3 && weights.dim() == 3, "x or weights has the wrong number of dimensions");
+  const int64_t layers = x.size(0), tokens = x.size(1), inner = weights.size(1), columns = weights.size(2);
+  const ScalarType dtype = x.scalar_type();
+  check_contiguous(x, "x", dtype, layers * tokens * inner);
+  check_stacked(weights, "weights", dtype, first, layers, inner * columns);
+  check_stacked(bias, "bias", dtype, first, layers, columns);
+  STD_TORCH_CHECK(offset >= 0 && step >= 1 && offset + (layers - 1) * step < group,
+                  "the layers do not fit into the group");
+  Tensor out = torch::stable::new_empty(x, {group, tokens, columns});
+  const ProjectAmongZeros args{
+      .x = x.data_ptr(),
+      .weights = rows_from(weights, first),
+      .bias = rows_from(bias, first),
+      .out = out.data_ptr(),
+      .layers = layers,
+      .group = group,
+      .first = offset,
+      .step = step,
+      .tokens = tokens,
+      .inner = inner,
+      .columns = columns,
+      .dtype = dtype_of(x, "x"),
+  };
+  run_phase(project_among_zeros_phase, args, group * num_tiles(columns), tokens * inner * kTile);
+  return out;
+}
+
+Tensor sum_of_mlps(const Tensor& inputs,
+                   const Tensor& norms,
+                   const Tensor& gate_up,
+                   const std::optional<Tensor>& gate_up_bias,
+                   const Tensor& down,
+                   const std::optional<Tensor>& residual,
+                   int64_t first,
+                   double eps) {
+  STD_TORCH_CHECK(inputs.dim() == 3 && gate_up.dim() == 3, "inputs or gate_up is not [layers, ..., ...]");
+  const int64_t layers = inputs.size(0), tokens = inputs.size(1), hidden = inputs.size(2), width = gate_up.size(2) / 2;
+  const ScalarType dtype = inputs.scalar_type();
+  check_contiguous(inputs, "inputs", dtype, layers * tokens * hidden);
+  check_stacked(norms, "norms", dtype, first, layers, hidden);
+  check_stacked(gate_up, "gate_up", dtype, first, layers, hidden * 2 * width);
+  check_stacked(gate_up_bias, "gate_up_bias", dtype, first, layers, 2 * width);
+  check_stacked(down, "down", dtype, first, layers, width * hidden);
+  if (residual) check_contiguous(*residual, "residual", dtype, tokens * hidden);
+  Tensor out = torch::stable::new_empty(inputs, {tokens, hidden});
+  float* memory = scratch(layers * tokens * (hidden + width));
+  const SumOfMlps args{
+      .inputs = inputs.data_ptr(),
+      .norms = rows_from(norms, first),
+      .gate_up = rows_from(gate_up, first),
+      .gate_up_bias = rows_from(gate_up_bias, first),
+      .down = rows_from(down, first),
+      .residual = rows_from(residual, 0),
+      .out = out.data_ptr(),
+      .normed = memory,
+      .wide = memory + layers * tokens * hidden,
+      .layers = layers,
+      .tokens = tokens,
+      .hidden = hidden,
+      .width = width,
+      .eps = static_cast<float>(eps),
+      .dtype = dtype_of(inputs, "inputs"),
+  };
+  run_phase<SumOfMlps>(norm_phase, args, layers * tokens, hidden);
+  run_phase(gate_up_phase, args, layers * num_tiles(2 * width), tokens * hidden * kTile);
+  run_phase(down_phase, args, num_tiles(hidden), tokens * layers * width * kTile);
+  return out;
+}
+
+}  // namespace
+}  // namespace easyspec
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CPU, library) {
+  library.impl("advance_draft_inputs", TORCH_BOX(&easyspec::advance_draft_inputs));
+  library.impl("group_rms_norm", TORCH_BOX(&easyspec::group_rms_norm));
+  library.impl("prefix_sums", TORCH_BOX(&easyspec::prefix_sums));
+  library.impl("rotate_and_store", TORCH_BOX(&easyspec::rotate_and_store));
+  library.impl("norm_and_project", TORCH_BOX(&easyspec::norm_and_project));
+  library.impl("project_among_zeros", TORCH_BOX(&easyspec::project_among_zeros));
+  library.impl("sum_of_mlps", TORCH_BOX(&easyspec::sum_of_mlps));
+}
+
+#ifdef EASYSPEC_CUDA
+STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CUDA, library) {
+  library.impl("advance_draft_inputs", TORCH_BOX(&easyspec::advance_draft_inputs));
+  library.impl("group_rms_norm", TORCH_BOX(&easyspec::group_rms_norm));
+  library.impl("prefix_sums", TORCH_BOX(&easyspec::prefix_sums));
+  library.impl("rotate_and_store", TORCH_BOX(&easyspec::rotate_and_store));
+}
+#endif

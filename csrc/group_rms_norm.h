@@ -1,0 +1,53 @@
+// RMSNorm of one input, or one a layer, by the weights of several layers. See vllm_easyspec/ops.py.
+#pragma once
+
+#include <cmath>
+
+#include "lanes.h"
+
+namespace easyspec {
+
+struct GroupRmsNorm {
+  const void* x;        // [tokens, hidden], or [layers, tokens, hidden]
+  const void* weights;  // [layers, hidden]
+  void* out;            // [layers, tokens, hidden]
+  int64_t layers;
+  int64_t tokens;
+  int64_t hidden;
+  bool shared;  // one input for all layers
+  float eps;
+  DType dtype;
+};
+
+// The factor that makes `x` a vector of root mean square 1.
+template <class T, class Lanes>
+EASYSPEC_BODY float inverse_rms(const T* x, int64_t hidden, float eps, Lanes lanes) {
+  float sum = 0;
+  EASYSPEC_SUM_IN_ANY_ORDER(sum)
+  for (int64_t i = lanes.first(); i < hidden; i += lanes.step()) sum += to_float(x[i]) * to_float(x[i]);
+  return 1 / sqrtf(lanes.sum(sum) / static_cast<float>(hidden) + eps);
+}
+
+// One row of the input: a token, of all layers where they share it.
+template <class T, class Lanes>
+EASYSPEC_BODY void group_rms_norm_row(const GroupRmsNorm& a, int64_t row, Lanes lanes) {
+  const T* x = static_cast<const T*>(a.x) + row * a.hidden;
+  const float scale = inverse_rms(x, a.hidden, a.eps, lanes);
+  const int64_t first = a.shared ? 0 : row / a.tokens;
+  const int64_t last = a.shared ? a.layers : first + 1;
+  for (int64_t layer = first; layer < last; ++layer) {
+    const T* weights = static_cast<const T*>(a.weights) + layer * a.hidden;
+    T* out = static_cast<T*>(a.out) + (layer * a.tokens + row % a.tokens) * a.hidden;
+    // Rounded between the two factors, as the models' own norms do.
+    for (int64_t i = lanes.first(); i < a.hidden; i += lanes.step()) {
+      from_float(rounded<T>(to_float(x[i]) * scale) * to_float(weights[i]), out[i]);
+    }
+  }
+}
+
+inline int64_t num_rows(const GroupRmsNorm& a) { return a.shared ? a.tokens : a.layers * a.tokens; }
+
+void group_rms_norm_cpu(const GroupRmsNorm& args, int64_t begin, int64_t end);  // rows
+void group_rms_norm_cuda(const GroupRmsNorm& args, void* stream);
+
+}  // namespace easyspec

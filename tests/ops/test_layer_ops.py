@@ -1,0 +1,288 @@
+"""The operators of a draft step's layers: each as exact as its plain-torch reference, on the same arguments.
+
+"As exact" is against the reference in float64: an operator may be off by twice what the reference at the operator's
+own precision is off, its sums being taken in another order, and by one unit in the last place of the largest number.
+"""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from vllm_easyspec import ops
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+OPERATORS = torch.ops.vllm_easyspec
+
+
+@pytest.fixture(autouse=True)
+def seed(native):
+    torch.manual_seed(0)
+
+
+def randn(*size, dtype=F32, scale=1.0):
+    return (scale * torch.randn(size)).to(dtype)
+
+
+def in_float64(arguments):
+    floating = (F32, BF16, F16)
+    return [a.double() if isinstance(a, torch.Tensor) and a.dtype in floating else a for a in arguments]
+
+
+def check_as_exact(operator, arguments):
+    """Of an operator that returns one tensor."""
+    reference = ops.REFERENCES[operator]
+    with patch.object(ops, "group_rms_norm", ops.REFERENCES[OPERATORS.group_rms_norm.default]):
+        got, plain, exact = operator(*arguments), reference(*arguments), reference(*in_float64(arguments))
+    assert got.shape == exact.shape and got.dtype == arguments[0].dtype and got.is_contiguous()
+    check_close(got, plain, exact)
+
+
+def check_close(got, plain, exact):
+    error, allowed = (got.double() - exact).abs().max(), 2 * (plain.double() - exact).abs().max()
+    assert error <= allowed + torch.finfo(got.dtype).eps * exact.abs().max()
+
+
+def norm_arguments(dtype, layers=3, tokens=5, hidden=96, shared=True):
+    x = randn(*(() if shared else (layers,)), tokens, hidden, dtype=dtype, scale=3)
+    return x, 1 + randn(layers, hidden, dtype=dtype, scale=0.3), 1e-5
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("hidden", [7, 128, 1536])
+def test_group_rms_norm(dtype, shared, hidden):
+    check_as_exact(OPERATORS.group_rms_norm.default, norm_arguments(dtype, hidden=hidden, shared=shared))
+
+
+def test_group_rms_norm_of_no_tokens():
+    assert ops.group_rms_norm(*norm_arguments(F32, tokens=0)).shape == (3, 0, 96)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("layers", [1, 5])
+def test_prefix_sums(dtype, layers):
+    check_as_exact(OPERATORS.prefix_sums.default, (randn(3, 40, dtype=dtype), randn(layers, 3, 40, dtype=dtype)))
+
+
+def rotate_arguments(dtype, *, neox=True, norms=True, cache=False, rotary=32, layers=3, tokens=4):
+    """3 query and 2 key heads of 32 numbers; weights of 5 layers, of which the group's begin at the second; pages in
+    FlashAttention's order, heads inside a token; every other row is padding."""
+    angles = torch.rand(100, rotary // 2) * 7
+    pages = randn(20, 16, 2, 64, dtype=dtype).transpose(1, 2) if cache else None
+    slots = torch.randperm(20 * 16)[: layers * tokens] if cache else None
+    if cache:
+        slots[::2] = -1
+    return (
+        randn(layers, tokens, 3 + 2 * 2, 32, dtype=dtype),
+        torch.randint(0, 100, (layers * tokens,)),
+        torch.cat([angles.cos(), angles.sin()], dim=1).to(dtype),
+        3,
+        2,
+        neox,
+        *((1 + randn(5, 32, dtype=dtype, scale=0.3) for _ in range(2)) if norms else (None, None)),
+        1,
+        1e-6,
+        pages,
+        slots,
+    )
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("rotary", [32, 16])
+@pytest.mark.parametrize("neox", [True, False])
+@pytest.mark.parametrize("norms", [True, False])
+def test_rotate(dtype, rotary, neox, norms):
+    arguments = rotate_arguments(dtype, neox=neox, norms=norms, rotary=rotary)
+    results = []
+    for operator, own in (
+        (OPERATORS.rotate_and_store.default, list(arguments)),
+        (ops.REFERENCES[OPERATORS.rotate_and_store.default], list(arguments)),
+        (ops.REFERENCES[OPERATORS.rotate_and_store.default], in_float64(arguments)),
+    ):
+        own[0] = own[0].clone()
+        operator(*own)
+        results.append(own[0])
+    check_close(*results)
+    assert results[0][:, :, 5:].equal(arguments[0][:, :, 5:])  # values are left alone
+    assert not results[0][:, :, :5].equal(arguments[0][:, :, :5])
+
+
+def test_rotation_is_the_models_own():
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    arguments = rotate_arguments(F32, norms=False)
+    qkv, positions, cos_sin = arguments[:3]
+    q, k = qkv[:, :, :3].clone(), qkv[:, :, 3:5].clone()
+    cos, sin = cos_sin[positions].view(3, 4, 32).chunk(2, dim=-1)
+    expected = apply_rotary_pos_emb(q, k, torch.cat([cos, cos], -1), torch.cat([sin, sin], -1), unsqueeze_dim=2)
+    ops.rotate_and_store(*arguments)
+    torch.testing.assert_close(qkv[:, :, :5], torch.cat(expected, dim=2))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("implementation", ["operator", "reference"])
+def test_store_writes_live_slots_and_nothing_else(dtype, implementation):
+    arguments = rotate_arguments(dtype, cache=True)
+    operator = OPERATORS.rotate_and_store.default
+    qkv, pages, slots = arguments[0], arguments[10], arguments[11]
+    expected = pages.clone()
+    (operator if implementation == "operator" else ops.REFERENCES[operator])(*arguments)
+    rows = qkv.flatten(0, 1)
+    assert (slots < 0).any() and (slots >= 0).any()
+    for row, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            expected[slot // 16, :, slot % 16, :32] = rows[row, 3:5]
+            expected[slot // 16, :, slot % 16, 32:] = rows[row, 5:]
+    assert pages.equal(expected)
+
+
+def project_arguments(dtype, tokens=5, hidden=96, columns=160, bias=True):
+    """Layers 2 to 4 of 6."""
+    return (
+        randn(tokens, hidden, dtype=dtype, scale=3),
+        1 + randn(6, hidden, dtype=dtype, scale=0.3),
+        randn(6, hidden, columns, dtype=dtype, scale=hidden**-0.5),
+        randn(6, columns, dtype=dtype) if bias else None,
+        2,
+        3,
+        1e-6,
+    )
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 9, 16])
+@pytest.mark.parametrize("columns", [160, 64, 77])
+def test_norm_and_project(dtype, tokens, columns):
+    check_as_exact(OPERATORS.norm_and_project.default, project_arguments(dtype, tokens=tokens, columns=columns))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_norm_and_project_of_an_input_a_layer(dtype):
+    _, *arguments = project_arguments(dtype)
+    check_as_exact(OPERATORS.norm_and_project.default, (randn(3, 5, 96, dtype=dtype, scale=3), *arguments))
+
+
+def test_norm_and_project_without_bias():
+    check_as_exact(OPERATORS.norm_and_project.default, project_arguments(F32, bias=False))
+
+
+def among_zeros_arguments(dtype, tokens=5, columns=96, bias=True):
+    """Layers 1 and 2 of 4 are the second and the fifth of a group of 6."""
+    return (
+        randn(2, tokens, 48, dtype=dtype),
+        randn(4, 48, columns, dtype=dtype, scale=0.15),
+        randn(4, columns, dtype=dtype) if bias else None,
+        1,
+        6,
+        1,
+        3,
+    )
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("columns", [96, 33])
+@pytest.mark.parametrize("bias", [True, False])
+def test_project_among_zeros(dtype, columns, bias):
+    arguments = among_zeros_arguments(dtype, columns=columns, bias=bias)
+    check_as_exact(OPERATORS.project_among_zeros.default, arguments)
+    out = OPERATORS.project_among_zeros(*arguments)
+    assert [bool(layer.any()) for layer in out] == [False, True, False, False, True, False]
+
+
+def mlp_arguments(dtype, layers=2, tokens=5, width=80, bias=True, residual=True, hidden=96):
+    """The layers from the third of 6 on."""
+    return (
+        randn(layers, tokens, hidden, dtype=dtype, scale=3),
+        1 + randn(6, hidden, dtype=dtype, scale=0.3),
+        randn(6, hidden, 2 * width, dtype=dtype, scale=hidden**-0.5),
+        randn(6, 2 * width, dtype=dtype) if bias else None,
+        randn(6, width, hidden, dtype=dtype, scale=width**-0.5),
+        randn(tokens, hidden, dtype=dtype) if residual else None,
+        2,
+        1e-6,
+    )
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize(("layers", "width"), [(1, 96), (4, 80), (3, 23)])
+def test_sum_of_mlps(dtype, tokens, layers, width):
+    arguments = mlp_arguments(dtype, layers=layers, tokens=tokens, width=width)
+    check_as_exact(OPERATORS.sum_of_mlps.default, arguments)
+
+
+@pytest.mark.parametrize(("bias", "residual"), [(True, False), (False, True), (False, False)])
+def test_sum_of_mlps_without(bias, residual):
+    check_as_exact(OPERATORS.sum_of_mlps.default, mlp_arguments(F32, bias=bias, residual=residual))
+
+
+def test_gates_far_from_zero_saturate():
+    """e^x is computed natively: a gate of -200 lets nothing through, one of 200 all, and none gives NaN."""
+    inputs, norms, gate_up, _, down, _, first, eps = mlp_arguments(F32, bias=False, residual=False)
+    for scale in (300.0, -300.0):
+        arguments = (inputs, norms, gate_up * scale, None, down, None, first, eps)
+        assert OPERATORS.sum_of_mlps(*arguments).isfinite().all()
+        check_as_exact(OPERATORS.sum_of_mlps.default, arguments)
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    """Ranks with different numbers of cores must draft the same bits: a thread takes whole columns."""
+    calls = [
+        (OPERATORS.norm_and_project, project_arguments(F32, tokens=16, hidden=512, columns=1024)),
+        (OPERATORS.sum_of_mlps, mlp_arguments(F32, layers=4, tokens=16, width=512, hidden=512)),
+    ]
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append([operator(*arguments) for operator, arguments in calls])
+    finally:
+        torch.set_num_threads(threads)
+    for one, three in zip(*results, strict=True):
+        assert one.equal(three)
+
+
+@pytest.mark.parametrize(
+    ("operator", "arguments"),
+    [
+        ("group_rms_norm", norm_arguments(F32)),
+        ("prefix_sums", (randn(3, 40), randn(2, 3, 40))),
+        ("rotate_and_store", rotate_arguments(F32)),
+        ("rotate_and_store", rotate_arguments(F32, cache=True)),
+        ("norm_and_project", project_arguments(F32)),
+        ("project_among_zeros", among_zeros_arguments(F32)),
+        ("sum_of_mlps", mlp_arguments(F32)),
+    ],
+)
+def test_schema_and_fake(operator, arguments):
+    torch.library.opcheck(getattr(OPERATORS, operator).default, arguments)
+
+
+def test_long_passes_take_torchs_products():
+    """The native product is for few tokens."""
+    for tokens in (ops.FEW_TOKENS, ops.FEW_TOKENS + 1):
+        chosen = ops._choose("norm_and_project", torch.zeros(tokens, 8))
+        few = tokens <= ops.FEW_TOKENS
+        assert (chosen is OPERATORS.norm_and_project.default) == few
+        assert (chosen is ops.REFERENCES[OPERATORS.norm_and_project.default]) != few
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ops.group_rms_norm(randn(3, 8), randn(2, 9), 1e-6), "x has 24 elements, not 27"),
+        (lambda: ops.group_rms_norm(randn(3, 8), randn(2, 8, dtype=BF16), 1e-6), "weights has another dtype"),
+        (lambda: ops.group_rms_norm(randn(3, 8).double(), randn(2, 8).double(), 1e-6), "x is neither float32"),
+        (lambda: ops.group_rms_norm(randn(3, 16)[:, ::2], randn(2, 8), 1e-6), "x is not contiguous"),
+        (
+            lambda: ops.norm_and_project(randn(3, 8), randn(2, 8), randn(2, 8, 4), None, 1, 2, 1e-6),
+            "norms has 2 layers",
+        ),
+        (lambda: ops.project_among_zeros(randn(2, 3, 8), randn(2, 8, 4), None, 0, 4, 1, 3), "do not fit"),
+    ],
+)
+def test_native_refuses_what_it_would_misread(call, message):
+    with pytest.raises(RuntimeError, match=message):
+        call()
