@@ -27,10 +27,12 @@ from vllm_easyspec.config import ConfigError
 from vllm_easyspec.drafter.architectures import DrafterShape
 from vllm_easyspec.drafter.placement import LayerPlacement
 from vllm_easyspec.drafter.plan import LayerPlan
+from vllm_easyspec.ops import look_ahead
 
 FORMAT = "vllm_easyspec look-ahead maps, 1"
 KINDS = {"attention": 2, "mlp": 3}  # how many vectors of the hidden size a map reads
 PARTS = ("down", "up", "bias")
+EPS = 1e-6  # in the root mean square of a vector
 # Of each file of weights, as many evenly spaced samples of this size go into the drafter's identity: a fine-tuned copy
 # differs nearly everywhere, and reading gigabytes at every start would not be worth more.
 SAMPLES, SAMPLE_BYTES = 64, 1 << 14
@@ -173,34 +175,12 @@ def write_maps(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mappin
 
 
 class _StackedMaps(nn.Module):
-    """The maps of consecutive layers, each `x + features @ down @ up + bias`. A shorter group takes a prefix.
-
-    The features `[u, f]` are the same for all layers, so their part of all `down` is one matrix, a layer's columns
-    after another's; the part of a layer's own features, where there are any, is stacked.
-    """
+    """The maps of consecutive layers, each `x + features @ down @ up + bias`. A shorter group takes a prefix."""
 
     def __init__(self, down: torch.Tensor, up: torch.Tensor, bias: torch.Tensor):
         """down `[layers, 2 or 3 * hidden, rank]`, up `[layers, rank, hidden]`, bias `[layers, hidden]`."""
         super().__init__()
-        shared = 2 * up.shape[2]
-        self.down = nn.Parameter(down[:, :shared].transpose(0, 1).flatten(1), requires_grad=False)
-        self.own_down = nn.Parameter(down[:, shared:].contiguous(), requires_grad=False)
-        self.up, self.bias = (nn.Parameter(part, requires_grad=False) for part in (up, bias.unsqueeze(1)))
-        self.rank = up.shape[1]
-        # By the number of layers; on a small drafter, taking slices would cost as much time as using them.
-        self.prefixes = [
-            (self.down[:, : n * self.rank], self.own_down[:n], self.up[:n], self.bias[:n]) for n in range(len(up) + 1)
-        ]
-
-    def corrected(self, x: torch.Tensor, features: torch.Tensor, layers: int, own: torch.Tensor | None) -> torch.Tensor:
-        """x: `[tokens, hidden]` or `[layers, tokens, hidden]`; features: `[tokens, 2 * hidden]`; own: `[layers, tokens,
-        hidden]`. To `[layers, tokens, hidden]`.
-        """
-        down, own_down, up, bias = self.prefixes[layers]
-        thin = torch.mm(features, down).view(-1, layers, self.rank).transpose(0, 1)
-        if own is not None:
-            thin = torch.baddbmm(thin, own, own_down)
-        return torch.baddbmm(x + bias, thin, up)
+        self.down, self.up, self.bias = (nn.Parameter(part, requires_grad=False) for part in (down, up, bias))
 
 
 class LookaheadMaps(nn.Module):
@@ -240,8 +220,7 @@ class LookaheadMaps(nn.Module):
 
     def of_group(self, start: int, h: torch.Tensor, previous: torch.Tensor) -> "GroupLookahead":
         """For a group from layer `start` on with input h; previous: the final hidden states of the tokens before."""
-        features = torch.cat([rms_scaled(h), previous], dim=-1)
-        return GroupLookahead(self.attention[start], self.mlp[start], h, features)
+        return GroupLookahead(self.attention[start], self.mlp[start], h, previous)
 
 
 @dataclass(frozen=True)
@@ -251,17 +230,20 @@ class GroupLookahead:
     attention: _StackedMaps
     mlp: _StackedMaps
     h: torch.Tensor  # [tokens, hidden]
-    features: torch.Tensor  # [u, f], [tokens, 2 * hidden]
+    previous: torch.Tensor  # [tokens, hidden]
 
     def attention_inputs(self, layers: int) -> torch.Tensor:
         """What this rank's `layers` attentions of the group read, `[layers, tokens, hidden]`."""
-        return self.attention.corrected(self.h, self.features, layers, None)
+        return self._corrected(self.attention, self.h, layers)
 
     def mlp_inputs(self, prefixes: torch.Tensor) -> torch.Tensor:
         """What the group's MLPs read in block scope; prefixes and result `[group, tokens, hidden]`."""
-        return self.mlp.corrected(prefixes, self.features, prefixes.shape[0], rms_scaled(prefixes))
+        return self._corrected(self.mlp, prefixes, prefixes.shape[0])
+
+    def _corrected(self, maps: _StackedMaps, x: torch.Tensor, layers: int) -> torch.Tensor:
+        return look_ahead(x, self.h, self.previous, maps.down, maps.up, maps.bias, layers, EPS)
 
 
 def rms_scaled(x: torch.Tensor) -> torch.Tensor:
     """`x / rms(x)` over the last dimension."""
-    return F.rms_norm(x, x.shape[-1:])
+    return F.rms_norm(x, x.shape[-1:], None, EPS)

@@ -330,6 +330,48 @@ def sum_of_mlps(
     return _choose("sum_of_mlps", inputs)(inputs, norms, gate_up, gate_up_bias, down, residual, first, eps)
 
 
+@_operator(
+    "look_ahead(Tensor x, Tensor h, Tensor previous, Tensor down, Tensor up, Tensor bias, int count, float eps) "
+    "-> Tensor",
+    fake=lambda x, h, previous, down, up, bias, count, eps: h.new_empty(count, *h.shape),
+)
+def _look_ahead(
+    x: torch.Tensor,
+    h: torch.Tensor,
+    previous: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    bias: torch.Tensor,
+    count: int,
+    eps: float,
+) -> torch.Tensor:
+    features = torch.cat([F.rms_norm(h, h.shape[-1:], None, eps), previous], dim=-1)
+    if x.dim() == 3:
+        own = F.rms_norm(x, x.shape[-1:], None, eps)
+        features = torch.cat([features.expand(count, -1, -1), own], dim=-1)
+    thin = torch.matmul(features, down[:count])
+    return torch.baddbmm(x + bias[:count].unsqueeze(1), thin, up[:count])
+
+
+def look_ahead(
+    x: torch.Tensor,
+    h: torch.Tensor,
+    previous: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    bias: torch.Tensor,
+    count: int,
+    eps: float,
+) -> torch.Tensor:
+    """What `count` layers of a group read in place of x: `x + features @ down @ up + bias`, `[count, tokens, hidden]`.
+
+    h, previous: `[tokens, hidden]`; x: `[tokens, hidden]`, with features `[h / rms(h), previous]`, or `[count, tokens,
+    hidden]`, with `x / rms(x)` after them; down: `[layers, features, rank]`; up: `[layers, rank, hidden]`; bias:
+    `[layers, hidden]`.
+    """
+    return _choose("look_ahead", x)(x, h, previous, down, up, bias, count, eps)
+
+
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """SwiGLU: `[..., 2 * n]` (gates first) to `[..., n]`."""
     gate, up = gate_up.chunk(2, dim=-1)
