@@ -129,6 +129,89 @@ def advance_draft_inputs(
     )
 
 
+def _fake_repeat_for_layers(
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    query_starts: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    layers: int,
+    num_blocks: int,
+    block_size: int,
+) -> tuple[torch.Tensor, ...]:
+    tokens, reqs = positions.shape[0], seq_lens.shape[0]
+    return (
+        positions.new_empty(layers * tokens),
+        slots.new_empty(layers * tokens),
+        query_starts.new_empty(layers * reqs + 1),
+        seq_lens.new_empty(layers * reqs),
+        block_table.new_empty(layers * reqs, block_table.shape[1]),
+    )
+
+
+@_operator(
+    "repeat_for_layers(Tensor positions, Tensor slots, Tensor query_starts, Tensor seq_lens, Tensor block_table, "
+    "int layers, int num_blocks, int block_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_repeat_for_layers,
+)
+def _repeat_for_layers(
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    query_starts: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    layers: int,
+    num_blocks: int,
+    block_size: int,
+) -> tuple[torch.Tensor, ...]:
+    return (
+        positions.repeat(layers),
+        shift_slots(slots, layers, num_blocks * block_size),
+        repeat_starts(query_starts, layers, positions.shape[0]),
+        seq_lens.repeat(layers),
+        shift_block_table(block_table, layers, num_blocks),
+    )
+
+
+def repeat_for_layers(
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    query_starts: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    layers: int,
+    num_blocks: int,
+    block_size: int,
+) -> tuple[torch.Tensor, ...]:
+    """The sequences of a pass as those of `layers` layers one after another, in one launch.
+
+    positions, slots: `[tokens] int64`; query_starts: `[reqs + 1] int32`; seq_lens: `[reqs] int32`; block_table: `[reqs,
+    width] int32`; num_blocks, block_size: of a layer's pages. Returns the same in this order, of `layers * tokens`
+    tokens and `layers * reqs` requests, slots (but for padding, -1) and tables shifted to each layer's pages.
+    """
+    return torch.ops.vllm_easyspec.repeat_for_layers(
+        positions, slots, query_starts, seq_lens, block_table, layers, num_blocks, block_size
+    )
+
+
+@_operator(
+    "embed_shard(Tensor ids, Tensor table, int first, int rows) -> Tensor",
+    fake=lambda ids, table, first, rows: table.new_empty(ids.shape[0], table.shape[1]),
+)
+def _embed_shard(ids: torch.Tensor, table: torch.Tensor, first: int, rows: int) -> torch.Tensor:
+    local = ids - first
+    owned = (local >= 0) & (local < rows)
+    return F.embedding(local.masked_fill(~owned, 0), table).masked_fill_(~owned.unsqueeze(1), 0)
+
+
+def embed_shard(ids: torch.Tensor, table: torch.Tensor, first: int, rows: int) -> torch.Tensor:
+    """A vocabulary shard's rows, zeros for other shards' tokens: ids `[tokens] int64` to `[tokens, hidden]`.
+
+    table: `[at least rows, hidden]`, of the tokens from `first` to `first + rows`.
+    """
+    return torch.ops.vllm_easyspec.embed_shard(ids, table, first, rows)
+
+
 def _fake_group_rms_norm(x: torch.Tensor, weights: torch.Tensor, eps: float) -> torch.Tensor:
     return x.new_empty(weights.shape[0], *x.shape[-2:])
 
@@ -350,6 +433,12 @@ def shift_block_table(block_table: torch.Tensor, num_layers: int, num_blocks: in
     """Block tables of `num_layers` layers, one after another: `[reqs, width]` to `[num_layers * reqs, width]` int32."""
     shifts = torch.arange(num_layers, device=block_table.device, dtype=block_table.dtype) * num_blocks
     return (block_table + shifts[:, None, None]).view(-1, block_table.shape[1])
+
+
+def repeat_starts(starts: torch.Tensor, num_layers: int, tokens: int) -> torch.Tensor:
+    """`[reqs + 1]` to `[num_layers * reqs + 1]`: each layer's sequences follow the last layer's tokens."""
+    shifts = torch.arange(num_layers, dtype=starts.dtype, device=starts.device).unsqueeze(1) * tokens
+    return torch.cat([(starts[:-1] + shifts).view(-1), starts[-1:] + (num_layers - 1) * tokens])
 
 
 def _load_native() -> str | None:

@@ -43,6 +43,36 @@ def check_close(got, plain, exact):
     assert error <= allowed + torch.finfo(got.dtype).eps * exact.abs().max()
 
 
+def repeat_arguments(reqs=3, layers=4):
+    """Requests of one, two, three tokens, every other of which is padding; tables are rows of a wider buffer."""
+    starts = torch.arange(reqs + 1).cumsum(0).int()
+    tokens = int(starts[-1])
+    slots = torch.randint(0, 7 * 16, (tokens,))
+    slots[1::2] = -1
+    table = torch.randint(0, 7, (reqs, 9), dtype=torch.int32)[:, :5]
+    return torch.randint(0, 70, (tokens,)), slots, starts, starts[1:] * 9, table, layers, 7, 16
+
+
+@pytest.mark.parametrize(("reqs", "layers"), [(1, 1), (1, 5), (3, 4), (20, 2), (0, 3)])
+def test_repeat_for_layers(reqs, layers):
+    arguments = repeat_arguments(reqs, layers)
+    operator = OPERATORS.repeat_for_layers.default
+    for got, expected in zip(operator(*arguments), ops.REFERENCES[operator](*arguments), strict=True):
+        assert got.dtype == expected.dtype and got.equal(expected) and got.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_embed_shard(dtype):
+    """Tokens 20 to 29 of 40; the table is padded to 12 rows."""
+    table, ids = randn(12, 6, dtype=dtype), torch.tensor([0, 19, 20, 25, 29, 30, 39])
+    expected = torch.stack([table[i - 20] if 20 <= i < 30 else torch.zeros(6, dtype=dtype) for i in ids.tolist()])
+    operator = OPERATORS.embed_shard.default
+    for implementation in (operator, ops.REFERENCES[operator]):
+        assert implementation(ids, table, 20, 10).equal(expected)
+        column = torch.stack([ids, ids + 1], dim=1)[:, 0]  # drafts are a column of a wider buffer
+        assert implementation(column, table, 20, 10).equal(expected)
+
+
 def norm_arguments(dtype, layers=3, tokens=5, hidden=96, shared=True):
     x = randn(*(() if shared else (layers,)), tokens, hidden, dtype=dtype, scale=3)
     return x, 1 + randn(layers, hidden, dtype=dtype, scale=0.3), 1e-5
@@ -241,6 +271,8 @@ def test_results_do_not_depend_on_the_number_of_threads():
 @pytest.mark.parametrize(
     ("operator", "arguments"),
     [
+        ("repeat_for_layers", repeat_arguments()),
+        ("embed_shard", (torch.tensor([3, 9]), randn(5, 6), 5, 5)),
         ("group_rms_norm", norm_arguments(F32)),
         ("prefix_sums", (randn(3, 40), randn(2, 3, 40))),
         ("rotate_and_store", rotate_arguments(F32)),
@@ -270,7 +302,10 @@ def test_long_passes_take_torchs_products():
         (lambda: ops.group_rms_norm(randn(3, 8), randn(2, 8, dtype=BF16), 1e-6), "weights has another dtype"),
         (lambda: ops.group_rms_norm(randn(3, 8).double(), randn(2, 8).double(), 1e-6), "x is neither float32"),
         (lambda: ops.group_rms_norm(randn(3, 16)[:, ::2], randn(2, 8), 1e-6), "x is not contiguous"),
-        (lambda: ops.norm_and_project(randn(3, 8), randn(2, 8), randn(2, 8, 4), None, 1, 2, 1e-6), "norms has 2 layers"),
+        (
+            lambda: ops.norm_and_project(randn(3, 8), randn(2, 8), randn(2, 8, 4), None, 1, 2, 1e-6),
+            "norms has 2 layers",
+        ),
         (lambda: ops.project_among_zeros(randn(2, 3, 8), randn(2, 8, 4), None, 0, 4, 1, 3), "do not fit"),
     ],
 )

@@ -30,6 +30,7 @@ from vllm_easyspec.drafter.plan import LayerPlan, Scope
 from vllm_easyspec.drafter.weights import load_drafter_weights
 from vllm_easyspec.metrics import PassCounters
 from vllm_easyspec.ops import (
+    embed_shard,
     group_rms_norm,
     norm_and_project,
     prefix_sums,
@@ -135,7 +136,7 @@ class LayerParallelDrafter(nn.Module):
         The precise pass is the plan of groups of one; both scopes are then the ordinary forward pass.
         """
         self.counters.passes += 1
-        x = self.embed_tokens(input_ids)
+        x = self._embed(input_ids)
         for group in plan.groups:
             outputs = self._attention_outputs(x, group, attention)
             # Block scope: each MLP reads its own prefix, the group's input and the attentions up to its own.
@@ -143,6 +144,14 @@ class LayerParallelDrafter(nn.Module):
             for start in range(0, len(group), size):
                 x = self._mlps(prefix_sums(x, outputs[start : start + size]), group[start : start + size])
         return group_rms_norm(x, self.final_norm.unsqueeze(0), self.shape.rms_norm_eps)[0]
+
+    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        if self.num_ranks == 1 or input_ids.device.type != "cpu":
+            return self.embed_tokens(input_ids)
+        # vLLM's own takes ten small operators on a CPU.
+        shard = self.embed_tokens.shard_indices
+        first, end = shard.org_vocab_start_index, shard.org_vocab_end_index
+        return tensor_model_parallel_all_reduce(embed_shard(input_ids, self.embed_tokens.weight, first, end - first))
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[rows, hidden]` to `[rows, vocab]`, gathered on every rank."""

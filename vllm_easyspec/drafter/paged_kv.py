@@ -25,7 +25,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_easyspec.ops import shift_block_table, shift_slots
+from vllm_easyspec.ops import repeat_for_layers, repeat_starts
 
 # Backends whose pages hold a key and then a value, each as it is: `[pages, kv_heads, page tokens, 2 * head_dim]`. Of
 # vLLM's others CPU_ATTN packs keys for its vector units.
@@ -89,7 +89,6 @@ class PagedKV:
         self.group = group
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.is_plain = bool(layers) and layers[0].attn_backend.get_name() in PLAIN_CACHE_BACKENDS
         # Weak, so as not to keep pages that vLLM lets go; not an address, since later pages may come to lie there.
         self.first_pages = weakref.ref(layers[0].kv_cache) if layers else None
         if layers:
@@ -117,6 +116,11 @@ class PagedKV:
                     "layer-compact K/V cache layout (unset VLLM_KV_CACHE_LAYOUT, no K/V connector)"
                 )
 
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether `rotate_and_store` may write the pages."""
+        return self.layers[0].attn_backend.get_name() in PLAIN_CACHE_BACKENDS
+
     def is_current(self) -> bool:
         """Whether the pages are still those that vLLM has bound."""
         return self.first_pages is None or self.layers[0].kv_cache is self.first_pages()
@@ -133,20 +137,28 @@ class PagedKV:
         assert self.group is not None
         tokens = sequences.positions.shape[0]
         reqs = sequences.seq_lens.shape[0]
-        slots = shift_slots(sequences.slots, num_layers, self.num_blocks * self.block_size)
-        positions = sequences.positions.repeat(num_layers)
-        seq_lens_bound = sequences.seq_lens_bound.repeat(num_layers)
+        positions, slots, starts, seq_lens, table = repeat_for_layers(
+            sequences.positions,
+            sequences.slots,
+            sequences.query_start_loc,
+            sequences.seq_lens,
+            sequences.block_table,
+            num_layers,
+            self.num_blocks,
+            self.block_size,
+        )
+        starts_cpu = starts if starts.is_cpu else repeat_starts(sequences.query_start_loc_cpu, num_layers, tokens)
         metadata = self.group.build_metadata(
             CommonAttentionMetadata(
-                query_start_loc=_repeat_starts(sequences.query_start_loc, num_layers, tokens),
-                query_start_loc_cpu=_repeat_starts(sequences.query_start_loc_cpu, num_layers, tokens),
-                seq_lens=sequences.seq_lens.repeat(num_layers),
-                seq_lens_cpu_upper_bound=seq_lens_bound,
+                query_start_loc=starts,
+                query_start_loc_cpu=starts_cpu,
+                seq_lens=seq_lens,
+                seq_lens_cpu_upper_bound=sequences.seq_lens_bound.repeat(num_layers),
                 num_reqs=num_layers * reqs,
                 num_actual_tokens=num_layers * tokens,
                 max_query_len=sequences.max_query_len,
                 max_seq_len=sequences.max_seq_len,
-                block_table_tensor=shift_block_table(sequences.block_table, num_layers, self.num_blocks),
+                block_table_tensor=table,
                 slot_mapping=slots,
                 positions=positions,
                 is_prefilling=torch.zeros(num_layers * reqs, dtype=torch.bool),
@@ -155,14 +167,6 @@ class PagedKV:
             fast_build=True,
         )
         return VirtualBatch(metadata, slots, positions)
-
-
-def _repeat_starts(starts: torch.Tensor, num_layers: int, tokens: int) -> torch.Tensor:
-    """`[reqs + 1]` to `[num_layers * reqs + 1]`: each layer's sequences follow the last layer's tokens."""
-    if num_layers == 1:
-        return starts
-    shifts = torch.arange(num_layers, dtype=starts.dtype, device=starts.device).unsqueeze(1) * tokens
-    return torch.cat([(starts[:-1] + shifts).view(-1), starts[-1:] + (num_layers - 1) * tokens])
 
 
 @dataclass
