@@ -40,7 +40,7 @@ EASYSPEC_BODY void advance_row(const AdvanceDraftInputs& a, int64_t row) {
   a.positions[row] = position;
   a.input_ids[row] = padding ? 0 : a.sampled[row * a.sampled_stride];
   const int64_t query = padding ? 0 : has_room ? position : a.max_len - 1;
-  const int64_t seq_len = padding ? 0 : query + 1;
+  const int64_t seq_len = query + 1;
   for (int64_t layer = 0; layer < a.layers; ++layer) {
     const int64_t at = layer * a.rows + row;
     a.query_positions[at] = query;

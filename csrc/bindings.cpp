@@ -7,13 +7,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <tuple>
 #include <vector>
 
 #include "advance_draft_inputs.h"
 #include "group_rms_norm.h"
 #include "prefix_sums.h"
-#include "repeat_for_layers.h"
 #include "rotate_and_store.h"
 #include "sublayers_cpu.h"
 
@@ -149,57 +147,6 @@ void advance_draft_inputs(const Tensor& sampled,
   }
 #endif
   advance_draft_inputs_cpu(args);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> repeat_for_layers(const Tensor& positions,
-                                                                     const Tensor& slots,
-                                                                     const Tensor& query_starts,
-                                                                     const Tensor& seq_lens,
-                                                                     const Tensor& block_table,
-                                                                     int64_t layers,
-                                                                     int64_t num_blocks,
-                                                                     int64_t block_size) {
-  STD_TORCH_CHECK(block_table.dim() == 2 && block_table.stride(1) == 1, "block_table has no contiguous rows");
-  const int64_t tokens = positions.numel(), reqs = seq_lens.numel(), width = block_table.size(1);
-  check_contiguous(positions, "positions", ScalarType::Long, tokens);
-  check_contiguous(slots, "slots", ScalarType::Long, tokens);
-  check_contiguous(query_starts, "query_starts", ScalarType::Int, reqs + 1);
-  check_contiguous(seq_lens, "seq_lens", ScalarType::Int, reqs);
-  check(block_table, "block_table", ScalarType::Int, reqs * width);
-  Tensor all_positions = torch::stable::new_empty(positions, {layers * tokens});
-  Tensor all_slots = torch::stable::new_empty(slots, {layers * tokens});
-  Tensor all_query_starts = torch::stable::new_empty(query_starts, {layers * reqs + 1});
-  Tensor all_seq_lens = torch::stable::new_empty(seq_lens, {layers * reqs});
-  Tensor all_tables = torch::stable::new_empty(block_table, {layers * reqs, width});
-  const RepeatForLayers args{
-      .positions = static_cast<const int64_t*>(positions.data_ptr()),
-      .slots = static_cast<const int64_t*>(slots.data_ptr()),
-      .query_starts = static_cast<const int32_t*>(query_starts.data_ptr()),
-      .seq_lens = static_cast<const int32_t*>(seq_lens.data_ptr()),
-      .table = static_cast<const int32_t*>(block_table.data_ptr()),
-      .table_stride = block_table.stride(0),
-      .all_positions = static_cast<int64_t*>(all_positions.data_ptr()),
-      .all_slots = static_cast<int64_t*>(all_slots.data_ptr()),
-      .all_query_starts = static_cast<int32_t*>(all_query_starts.data_ptr()),
-      .all_seq_lens = static_cast<int32_t*>(all_seq_lens.data_ptr()),
-      .all_tables = static_cast<int32_t*>(all_tables.data_ptr()),
-      .layers = layers,
-      .tokens = tokens,
-      .reqs = reqs,
-      .width = width,
-      .num_blocks = num_blocks,
-      .block_size = block_size,
-  };
-  const auto run = [&] {
-#ifdef EASYSPEC_CUDA
-    if (positions.is_cuda()) {
-      return on_device_of(positions, [&](void* stream) { repeat_for_layers_cuda(args, stream); });
-    }
-#endif
-    run_phase(repeat_for_layers_cpu, args, num_elements(args), 1);
-  };
-  run();
-  return {all_positions, all_slots, all_query_starts, all_seq_lens, all_tables};
 }
 
 Tensor group_rms_norm(const Tensor& x, const Tensor& weights, double eps) {
@@ -456,7 +403,6 @@ Tensor sum_of_mlps(const Tensor& inputs,
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CPU, library) {
   library.impl("advance_draft_inputs", TORCH_BOX(&easyspec::advance_draft_inputs));
-  library.impl("repeat_for_layers", TORCH_BOX(&easyspec::repeat_for_layers));
   library.impl("group_rms_norm", TORCH_BOX(&easyspec::group_rms_norm));
   library.impl("prefix_sums", TORCH_BOX(&easyspec::prefix_sums));
   library.impl("rotate_and_store", TORCH_BOX(&easyspec::rotate_and_store));
@@ -469,7 +415,6 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CPU, library) {
 #ifdef EASYSPEC_CUDA
 STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CUDA, library) {
   library.impl("advance_draft_inputs", TORCH_BOX(&easyspec::advance_draft_inputs));
-  library.impl("repeat_for_layers", TORCH_BOX(&easyspec::repeat_for_layers));
   library.impl("group_rms_norm", TORCH_BOX(&easyspec::group_rms_norm));
   library.impl("prefix_sums", TORCH_BOX(&easyspec::prefix_sums));
   library.impl("rotate_and_store", TORCH_BOX(&easyspec::rotate_and_store));

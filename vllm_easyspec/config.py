@@ -199,7 +199,11 @@ class EasySpecConfig(RuntimeOptions):
         default=None,
         description="[first batch size, last batch size, K] for ranges of batch sizes, such as [[1, 8, 5]]",
     )
-    use_local_argmax_reduction: bool | None = Field(default=None, description="true or false")
+    use_local_argmax_reduction: bool | None = Field(
+        default=None,
+        description="true (greedy drafts are found on each rank's part of the vocabulary, two numbers a rank) or false "
+        "(logits are gathered); left out, true with greedy drafts",
+    )
     draft_load_config: dict[str, Any] | None = Field(
         default=None, description="a mapping of vLLM's LoadConfig for the drafter, such as {load_format: dummy}"
     )
@@ -227,6 +231,8 @@ class EasySpecConfig(RuntimeOptions):
             mode="json", exclude=set(RuntimeOptions.model_fields) | {"method"}, exclude_none=True
         )
         options = RuntimeOptions(**{name: getattr(self, name) for name in RuntimeOptions.model_fields})
+        if self.draft_sample_method != "probabilistic":
+            passed_through.setdefault("use_local_argmax_reduction", True)
         # 1 passes vLLM's check of the head counts at any rank count, and Model Runner V2 reads it nowhere else.
         return {"method": "draft_model", **passed_through, "draft_tensor_parallel_size": 1}, options.to_json()
 

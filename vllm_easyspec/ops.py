@@ -80,7 +80,7 @@ def _advance_draft_inputs(
     own = torch.where(written, blocks * block_size + query % block_size, -1)
     input_ids.copy_(sampled.masked_fill(padding, 0))
     query_positions.view(-1, rows).copy_(query)
-    seq_lens.view(-1, rows).copy_((query + 1).masked_fill(padding, 0))
+    seq_lens.view(-1, rows).copy_(query + 1)
     slots.copy_(shift_slots(own, slots.numel() // rows, num_blocks * block_size).view_as(slots))
 
 
@@ -108,9 +108,9 @@ def advance_draft_inputs(
 
     Written: input_ids `[rows] int64`, the drafts (0 in padding rows); and for `layers` layers one after another, in
     contiguous tensors of `layers * rows` elements of which a smaller group takes a prefix: query_positions `int64`,
-    clamped to `max_len - 1` (0 in padding rows); seq_lens `int32`, one more than that (0 in padding rows); slots
-    `int64`, shifted by `num_blocks * block_size` a layer, and -1 for padding rows, rows that are not live and positions
-    past `max_len`.
+    clamped to `max_len - 1` (0 in padding rows); seq_lens `int32`, one more than that (so that no kernel meets an empty
+    sequence); slots `int64`, shifted by `num_blocks * block_size` a layer, and -1 for padding rows, rows that are not
+    live and positions past `max_len`.
 
     Raises RuntimeError (native only) for another dtype, size or layout.
     """
@@ -126,71 +126,6 @@ def advance_draft_inputs(
         block_size,
         num_blocks,
         max_len,
-    )
-
-
-def _fake_repeat_for_layers(
-    positions: torch.Tensor,
-    slots: torch.Tensor,
-    query_starts: torch.Tensor,
-    seq_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    layers: int,
-    num_blocks: int,
-    block_size: int,
-) -> tuple[torch.Tensor, ...]:
-    tokens, reqs = positions.shape[0], seq_lens.shape[0]
-    return (
-        positions.new_empty(layers * tokens),
-        slots.new_empty(layers * tokens),
-        query_starts.new_empty(layers * reqs + 1),
-        seq_lens.new_empty(layers * reqs),
-        block_table.new_empty(layers * reqs, block_table.shape[1]),
-    )
-
-
-@_operator(
-    "repeat_for_layers(Tensor positions, Tensor slots, Tensor query_starts, Tensor seq_lens, Tensor block_table, "
-    "int layers, int num_blocks, int block_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake_repeat_for_layers,
-)
-def _repeat_for_layers(
-    positions: torch.Tensor,
-    slots: torch.Tensor,
-    query_starts: torch.Tensor,
-    seq_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    layers: int,
-    num_blocks: int,
-    block_size: int,
-) -> tuple[torch.Tensor, ...]:
-    return (
-        positions.repeat(layers),
-        shift_slots(slots, layers, num_blocks * block_size),
-        repeat_starts(query_starts, layers, positions.shape[0]),
-        seq_lens.repeat(layers),
-        shift_block_table(block_table, layers, num_blocks),
-    )
-
-
-def repeat_for_layers(
-    positions: torch.Tensor,
-    slots: torch.Tensor,
-    query_starts: torch.Tensor,
-    seq_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    layers: int,
-    num_blocks: int,
-    block_size: int,
-) -> tuple[torch.Tensor, ...]:
-    """The sequences of a pass as those of `layers` layers one after another, in one launch.
-
-    positions, slots: `[tokens] int64`; query_starts: `[reqs + 1] int32`; seq_lens: `[reqs] int32`; block_table: `[reqs,
-    width] int32`; num_blocks, block_size: of a layer's pages. Returns the same in this order, of `layers * tokens`
-    tokens and `layers * reqs` requests, slots (but for padding, -1) and tables shifted to each layer's pages.
-    """
-    return torch.ops.vllm_easyspec.repeat_for_layers(
-        positions, slots, query_starts, seq_lens, block_table, layers, num_blocks, block_size
     )
 
 
@@ -433,12 +368,6 @@ def shift_block_table(block_table: torch.Tensor, num_layers: int, num_blocks: in
     """Block tables of `num_layers` layers, one after another: `[reqs, width]` to `[num_layers * reqs, width]` int32."""
     shifts = torch.arange(num_layers, device=block_table.device, dtype=block_table.dtype) * num_blocks
     return (block_table + shifts[:, None, None]).view(-1, block_table.shape[1])
-
-
-def repeat_starts(starts: torch.Tensor, num_layers: int, tokens: int) -> torch.Tensor:
-    """`[reqs + 1]` to `[num_layers * reqs + 1]`: each layer's sequences follow the last layer's tokens."""
-    shifts = torch.arange(num_layers, dtype=starts.dtype, device=starts.device).unsqueeze(1) * tokens
-    return torch.cat([(starts[:-1] + shifts).view(-1), starts[-1:] + (num_layers - 1) * tokens])
 
 
 def _load_native() -> str | None:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 from vllm import EngineArgs
-from vllm.config import ParallelConfig, VllmConfig, set_current_vllm_config
+from vllm.config import CUDAGraphMode, ParallelConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import destroy_distributed_environment, destroy_model_parallel, get_tp_group
 from vllm.model_executor.model_loader import get_model
 from vllm.platforms import current_platform
@@ -35,11 +35,14 @@ from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend, 
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_easyspec import plugin
+from vllm_easyspec.calibration import CalibrationScheduler
 from vllm_easyspec.compat import cpu_lists, usable_cpus
 from vllm_easyspec.config import OPTIONS_KEY, RuntimeOptions
 from vllm_easyspec.drafter.model import LayerParallelDrafter
 from vllm_easyspec.drafter.paged_kv import PagedKV, PagedPass, Sequences
 from vllm_easyspec.drafter.plan import LayerPlan, Scope
+from vllm_easyspec.drafting import DraftLoop
+from vllm_easyspec.graphs import DraftGraphs
 
 try:  # vLLM 0.33 moved the planning of the K/V cache; of 0.32 it is in kv_cache_utils
     from vllm.v1.core import kv_cache_planning as planning
@@ -64,8 +67,12 @@ class StandaloneDrafter:
         max_num_reqs: int = 4,
         max_len: int = 256,
         block_size: int = 32,
+        graph_sizes: Sequence[int] = (),
     ):
-        """model: a checkpoint's folder; load_format: vLLM's, such as 'dummy' for random weights."""
+        """model: a checkpoint's folder; load_format: vLLM's, such as 'dummy' for random weights; graph_sizes: numbers
+        of requests for which `graphs` can hold CUDA graphs.
+        """
+        self.graph_sizes = list(graph_sizes)
         plugin.register()
         group = get_tp_group()
         self.device = group.device
@@ -129,10 +136,37 @@ class StandaloneDrafter:
 
     def _builder_config(self) -> VllmConfig:
         """For metadata builders of the virtual batch: as many sequences as layers times requests."""
-        config = copy.copy(self.config)
+        layers = max(1, len(self.model.local_layers))
+        config = self._graph_config(layers)
         config.scheduler_config = copy.copy(config.scheduler_config)
-        config.scheduler_config.max_num_seqs *= max(1, len(self.model.local_layers))
+        config.scheduler_config.max_num_seqs *= layers
         return config
+
+    def _graph_config(self, layers: int = 1) -> VllmConfig:
+        """With `graph_sizes`, of `layers` sequences a request, in place of no graphs."""
+        config = copy.copy(self.config)
+        if self.graph_sizes:
+            compilation = config.compilation_config = copy.copy(config.compilation_config)
+            compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+            compilation.cudagraph_capture_sizes = self.graph_sizes
+            compilation.max_cudagraph_capture_size = layers * max(self.graph_sizes)
+        return config
+
+    def graphs(self) -> DraftGraphs:
+        return DraftGraphs(self._graph_config(), self.device, CUDAGraphMode.FULL_DECODE_ONLY)
+
+    def loop(self, num_drafts: int) -> DraftLoop:
+        """The fuzzy loop of requests 0, 1, ..., which drafts greedily."""
+        tokens = torch.zeros(len(self.lengths), num_drafts, dtype=torch.int64, device=self.device)
+
+        def sample(index: int, hidden: torch.Tensor, positions: torch.Tensor, reqs: int) -> None:
+            tokens[:reqs, index] = self.model.get_top_tokens(hidden)
+
+        block_size = self.pages.block_size
+        max_len = self.block_table.shape[1] * block_size
+        calibration = CalibrationScheduler(self.model.shape.vocab_size, max_len, block_size, self.device)
+        table = self.block_table.to(self.device)
+        return DraftLoop(self.model, self.pages, calibration, table, tokens, sample)
 
     def read(
         self, tokens: Sequence[Sequence[int]], plan: LayerPlan | None = None, scope: Scope = "attention"

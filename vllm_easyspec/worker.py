@@ -64,6 +64,11 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
             "group_sizes": list(drafting.plan.group_sizes),
             "num_speculative_tokens": drafting.num_drafts,
             "calibration": drafting.calibration,
+            "graphs": {
+                "captured": len(self.speculator.graphs.graphs) if self.speculator.graphs else 0,
+                "replays": self.speculator.statistics.replays,
+                "eager_rounds": self.speculator.statistics.eager_rounds,
+            },
         }
         if reset:
             self.speculator.statistics.reset()
@@ -78,6 +83,14 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
     ) -> dict:
         """Swap scope, plan, K (up to the configured one) or calibration from the next round on; resets the counters."""
         self.speculator.configure(scope, group_sizes, num_speculative_tokens, calibration)
+        return self.easyspec_stats()
+
+    def easyspec_capture(self, batch_sizes: list[int], num_speculative_tokens: list[int]) -> dict:
+        """Record CUDA graphs for what `easyspec_configure` set, which runs without them until then.
+
+        It takes seconds, and requests wait meanwhile. Without graphs (on a CPU, or with enforce_eager) it does nothing.
+        """
+        self.speculator.capture_for(batch_sizes, num_speculative_tokens)
         return self.easyspec_stats()
 
     def easyspec_audit(self) -> list[dict]:

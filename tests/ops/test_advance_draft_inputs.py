@@ -45,7 +45,7 @@ def by_loops(sampled, positions, live, block_table, block_size, num_blocks, max_
     positions = [-1 if p < 0 else p + 1 for p in positions.tolist()]
     ids = [0 if p < 0 else draft for p, draft in zip(positions, sampled.tolist(), strict=True)]
     query = [0 if p < 0 else min(p, max_len - 1) for p in positions]
-    lengths = [0 if p < 0 else min(p + 1, max_len) for p in positions]
+    lengths = [1 if p < 0 else min(p + 1, max_len) for p in positions]
     slots = []
     for layer in range(layers):
         for row, position in enumerate(positions):

@@ -43,24 +43,6 @@ def check_close(got, plain, exact):
     assert error <= allowed + torch.finfo(got.dtype).eps * exact.abs().max()
 
 
-def repeat_arguments(reqs=3, layers=4):
-    """Requests of one, two, three tokens, every other of which is padding; tables are rows of a wider buffer."""
-    starts = torch.arange(reqs + 1).cumsum(0).int()
-    tokens = int(starts[-1])
-    slots = torch.randint(0, 7 * 16, (tokens,))
-    slots[1::2] = -1
-    table = torch.randint(0, 7, (reqs, 9), dtype=torch.int32)[:, :5]
-    return torch.randint(0, 70, (tokens,)), slots, starts, starts[1:] * 9, table, layers, 7, 16
-
-
-@pytest.mark.parametrize(("reqs", "layers"), [(1, 1), (1, 5), (3, 4), (20, 2), (0, 3)])
-def test_repeat_for_layers(reqs, layers):
-    arguments = repeat_arguments(reqs, layers)
-    operator = OPERATORS.repeat_for_layers.default
-    for got, expected in zip(operator(*arguments), ops.REFERENCES[operator](*arguments), strict=True):
-        assert got.dtype == expected.dtype and got.equal(expected) and got.is_contiguous()
-
-
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_embed_shard(dtype):
     """Tokens 20 to 29 of 40; the table is padded to 12 rows."""
@@ -271,7 +253,6 @@ def test_results_do_not_depend_on_the_number_of_threads():
 @pytest.mark.parametrize(
     ("operator", "arguments"),
     [
-        ("repeat_for_layers", repeat_arguments()),
         ("embed_shard", (torch.tensor([3, 9]), randn(5, 6), 5, 5)),
         ("group_rms_norm", norm_arguments(F32)),
         ("prefix_sums", (randn(3, 40), randn(2, 3, 40))),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from vllm_easyspec.ops import group_rms_norm, repeat_starts, shift_block_table, shift_slots, silu_and_mul
+from vllm_easyspec.ops import group_rms_norm, shift_block_table, shift_slots, silu_and_mul
 
 
 def slots_by_loops(slots: list[int], num_layers: int, layer_stride: int) -> list[int]:
@@ -52,13 +52,6 @@ def test_block_tables_hold_page_numbers_up_to_32_bits():
     table = [[0, num_blocks - 1]]
     shifted = shift_block_table(torch.tensor(table, dtype=torch.int32), 80, num_blocks)
     assert shifted.tolist() == tables_by_loops(table, 80, num_blocks)
-
-
-@pytest.mark.parametrize(("starts", "tokens"), [([0, 1], 1), ([0, 2, 2, 5], 5)])
-def test_repeated_starts_equal_the_oracle(starts, tokens):
-    """The last start is the end of all tokens."""
-    repeated = [start + layer * tokens for layer in range(4) for start in starts[:-1]] + [4 * tokens]
-    assert repeat_starts(torch.tensor(starts), 4, tokens).tolist() == repeated
 
 
 def test_a_sliced_block_table_is_shifted_alike():

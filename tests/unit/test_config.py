@@ -102,12 +102,22 @@ def test_to_vllm_passes_vllms_fields_and_keeps_ours_apart():
         "draft_load_config": {"load_format": "dummy"},
         "num_speculative_tokens_per_batch_size": [[1, 8, 4], [9, 64, 2]],
         "draft_tensor_parallel_size": 1,
+        "use_local_argmax_reduction": True,
     }
     assert options == {
         "layer_parallel": {**PLAN, "mlp": "auto"},
         "calibration": "every_round",
         "check_ranks": True,
     }
+
+
+@pytest.mark.parametrize(
+    ("method", "written", "used"),
+    [(None, None, True), ("greedy", None, True), ("greedy", False, False), ("probabilistic", None, None)],
+)
+def test_greedy_drafts_are_found_without_gathering_logits(method, written, used):
+    config = EasySpecConfig.parse(easyspec(draft_sample_method=method, use_local_argmax_reduction=written))
+    assert config.to_vllm()[0].get("use_local_argmax_reduction") is used
 
 
 @pytest.mark.parametrize("written", [{}, PLAN, {"group_size": 2, "precise_head": 0, "mlp": "tensor"}])

@@ -1,8 +1,9 @@
 """`bench draft-step`: a step of the drafter alone, fuzzy plans against the precise one, in real ranks with real pages.
 
-Both arms are the same code on the same weights and pages; they differ in the plan. Plans take turns, step by step, so
-that drift of the machine meets all alike. A step is a token for each of `batch` requests at the end of `context`
-tokens: sequences, forward pass, logits, arg-max. It lasts until the slowest rank is done.
+Both arms are the same code on the same weights and pages; they differ in the plan. Plans take turns, loop by loop, so
+that drift of the machine meets all alike. What is timed is the loop of a round, K - 1 steps of a token for each of
+`batch` requests at the end of `context` tokens: inputs, forward pass, arg-max over the ranks' logits; from CUDA graphs
+where there is a GPU. It lasts until the slowest rank is done; a step is its (K - 1)th part.
 """
 
 import time
@@ -12,12 +13,15 @@ from typing import Any
 
 import torch
 from vllm.distributed import get_tp_group
+from vllm.platforms import current_platform
 
 from vllm_easyspec.config import LayerParallelConfig, RuntimeOptions
 from vllm_easyspec.drafter.plan import LayerPlan, Scope
+from vllm_easyspec.graphs import DraftGraph
 from vllm_easyspec.standalone import StandaloneDrafter, run_ranks
 
 BANDWIDTH_BYTES = 1 << 28
+NUM_DRAFTS = 5  # K
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ def _measure_rank(
         load_format=load_format,
         max_num_reqs=max(batches),
         max_len=max(contexts) + 32,
+        graph_sizes=batches if current_platform.is_cuda() else (),
     )
     layers = drafter.model.shape.num_layers
     chosen = [LayerPlan.of_sizes(layers, sizes) for sizes in plans] if plans else [options.layer_parallel.plan(layers)]
@@ -90,8 +95,7 @@ def _measure_rank(
     rows = []
     for batch in batches:
         for context in contexts:
-            drafter.rewind([context] * batch)
-            times = _interleaved(drafter, [precise, *cases], batch, repetitions)
+            times = _interleaved(drafter, [precise, *cases], batch, context, repetitions)
             moved = _bytes_a_step(drafter, batch, context)
             for case in cases:
                 rows.append(
@@ -111,21 +115,32 @@ def _measure_rank(
     return rows
 
 
-def _interleaved(drafter: StandaloneDrafter, cases: list[Case], batch: int, repetitions: int) -> dict[Case, float]:
+@torch.inference_mode()
+def _interleaved(
+    drafter: StandaloneDrafter, cases: list[Case], batch: int, context: int, repetitions: int
+) -> dict[Case, float]:
     """Median seconds of a step of each case; the first fifth warms up."""
-    ids = torch.arange(batch, device=drafter.device) % drafter.model.shape.vocab_size
+    loop = drafter.loop(NUM_DRAFTS)
+    graphs = drafter.graphs() if drafter.graph_sizes else None
+    recorded = {case: DraftGraph.draft(batch, NUM_DRAFTS, case.plan, case.scope) for case in cases}
+    if graphs is not None:
+        loop.record(graphs, list(recorded.values()))
     times: dict[Case, list[float]] = {case: [] for case in cases}
     for repetition in range(repetitions + repetitions // 5):
         for case in cases:
+            loop.positions[:batch] = context - 1
+            loop.live[:batch] = True
             get_tp_group().barrier()
             _synchronize(drafter.device)
             began = time.perf_counter()
-            hidden = drafter.run(ids, drafter.sequences([1] * batch), case.plan, case.scope)
-            drafter.logits(hidden).argmax(-1)
+            if graphs is None:
+                loop.draft(batch, NUM_DRAFTS, case.plan, case.scope, context + NUM_DRAFTS)
+            else:
+                graphs.replay(recorded[case])
             _synchronize(drafter.device)
             if repetition >= repetitions // 5:
                 times[case].append(time.perf_counter() - began)
-    return {case: median(seconds) for case, seconds in times.items()}
+    return {case: median(seconds) / (NUM_DRAFTS - 1) for case, seconds in times.items()}
 
 
 def _bytes_a_step(drafter: StandaloneDrafter, batch: int, context: int) -> int:
