@@ -10,11 +10,13 @@
 #include <cuda_fp16.h>
 #define EASYSPEC_BODY __host__ __device__ __forceinline__
 #define EASYSPEC_SUM_IN_ANY_ORDER(sum)
+#define EASYSPEC_INDEPENDENT
 #else
 #include <bit>
 #define EASYSPEC_BODY inline __attribute__((always_inline))
 #define EASYSPEC_PRAGMA(text) _Pragma(#text)
 #define EASYSPEC_SUM_IN_ANY_ORDER(sum) EASYSPEC_PRAGMA(omp simd reduction(+ : sum))
+#define EASYSPEC_INDEPENDENT _Pragma("omp simd")
 #endif
 
 namespace easyspec {
