@@ -39,14 +39,15 @@ def _operator(schema: str, fake: Callable | None = None) -> Callable[[Callable],
 
 
 # A pass of at most so many tokens takes a sublayer's dense work on a CPU in one native operator. Longer ones are bound
-# by arithmetic, at which torch's matrix products are better. Measured: docs/experiments.md.
-FEW_TOKENS = 16
+# by arithmetic, and torch's products of bfloat16 have instructions for it. Measured by benchmarks/operators.py, see
+# docs/experiments.md; float16 is taken to be like bfloat16.
+FEW_TOKENS = {torch.float32: 64, torch.bfloat16: 8, torch.float16: 8}
 
 
 def _choose(name: str, x: torch.Tensor) -> Callable[..., torch.Tensor]:
     """The native operator for few tokens on a CPU, `x` being `[..., tokens, hidden]`; else its parts one by one."""
     operator = getattr(torch.ops.vllm_easyspec, name).default
-    few = x.device.type == "cpu" and WHY_NOT_NATIVE is None and x.shape[-2] <= FEW_TOKENS
+    few = x.device.type == "cpu" and WHY_NOT_NATIVE is None and x.shape[-2] <= FEW_TOKENS[x.dtype]
     return operator if few else REFERENCES[operator]
 
 

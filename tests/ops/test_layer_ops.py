@@ -267,13 +267,13 @@ def test_schema_and_fake(operator, arguments):
     torch.library.opcheck(getattr(OPERATORS, operator).default, arguments)
 
 
-def test_long_passes_take_torchs_products():
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_long_passes_take_torchs_products(dtype):
     """The native product is for few tokens."""
-    for tokens in (ops.FEW_TOKENS, ops.FEW_TOKENS + 1):
-        chosen = ops._choose("norm_and_project", torch.zeros(tokens, 8))
-        few = tokens <= ops.FEW_TOKENS
-        assert (chosen is OPERATORS.norm_and_project.default) == few
-        assert (chosen is ops.REFERENCES[OPERATORS.norm_and_project.default]) != few
+    few = ops.FEW_TOKENS[dtype]
+    native, parts = OPERATORS.norm_and_project.default, ops.REFERENCES[OPERATORS.norm_and_project.default]
+    assert ops._choose("norm_and_project", torch.zeros(few, 8, dtype=dtype)) is native
+    assert ops._choose("norm_and_project", torch.zeros(few + 1, 8, dtype=dtype)) is parts
 
 
 @pytest.mark.parametrize(

@@ -141,8 +141,8 @@ class LayerParallelDrafter(nn.Module):
             outputs = self._attention_outputs(x, group, attention)
             # Block scope: each MLP reads its own prefix, the group's input and the attentions up to its own.
             size = 1 if scope == "attention" else len(group)
-            for start in range(0, len(group), size):
-                x = self._mlps(prefix_sums(x, outputs[start : start + size]), group[start : start + size])
+            for start, part in zip(group[::size], outputs.split(size), strict=True):
+                x = self._mlps(prefix_sums(x, part), range(start, start + size))
         return group_rms_norm(x, self.final_norm.unsqueeze(0), self.shape.rms_norm_eps)[0]
 
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
