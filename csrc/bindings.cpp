@@ -168,14 +168,15 @@ Tensor group_rms_norm(const Tensor& x, const Tensor& weights, double eps) {
       .eps = static_cast<float>(eps),
       .dtype = dtype_of(x, "x"),
   };
-  if (num_rows(args) == 0) return out;
+  const int64_t rows = (shared ? 1 : layers) * tokens;
+  if (rows == 0) return out;
 #ifdef EASYSPEC_CUDA
   if (x.is_cuda()) {
     on_device_of(x, [&](void* stream) { group_rms_norm_cuda(args, stream); });
     return out;
   }
 #endif
-  run_phase(group_rms_norm_cpu, args, num_rows(args), hidden * (shared ? layers : 1));
+  run_phase(group_rms_norm_cpu, args, rows, hidden * (shared ? layers : 1));
   return out;
 }
 
