@@ -183,20 +183,22 @@ def _bench_engine(args: argparse.Namespace) -> None:
         result.update(measured)
         report.write(args.json, result)
 
-    interrupted = False
+    stopped: BenchmarkError | None = None
     try:
         engine.run(args.model, config, args.baselines, workload, arguments, args.turns, keep, _progress)
+    except BenchmarkError as error:
+        stopped = error
     except KeyboardInterrupt:
-        interrupted = True
+        stopped = BenchmarkError("interrupted")
     if "rows" in result:
         print(engine.describe(result))
         if args.plot:
             plot.engine(result["rows"], args.plot)
         if lossy := engine.lossy_arms(result):
             raise BenchmarkError(f"in float32 outputs of {', '.join(lossy)} differ from the target's own; see above")
-    if interrupted:
-        kept = f"; {args.json} holds what was measured" if args.json and "rows" in result else ""
-        raise BenchmarkError(f"interrupted{kept}")
+    if stopped:
+        kept = f" ({args.json} holds what was measured until then)" if args.json and "rows" in result else ""
+        raise BenchmarkError(f"{stopped}{kept}")
 
 
 def _progress(line: str) -> None:

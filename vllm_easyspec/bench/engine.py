@@ -9,6 +9,7 @@ show how far the target alone repeats itself.
 """
 
 import gc
+import hashlib
 import itertools
 import json
 import os
@@ -29,8 +30,8 @@ from vllm_easyspec.config import EasySpecConfig
 BASELINES = ("none", "draft_model", "precise")
 WARM_UP_TOKENS = 16
 ON_CPU = (
-    "On a CPU vLLM's Triton kernels run as plain PyTorch or in Triton's interpreter, and nothing runs from CUDA graphs: "
-    "these times say little about a GPU's."
+    "On a CPU vLLM's Triton kernels run as plain PyTorch or in Triton's interpreter, and there are no CUDA graphs: the "
+    "times say little about a GPU's."
 )
 SYNTHETIC = "Acceptance is synthetic, so outputs can't be the target's own: losslessness is not checked."
 ENGINE_EXAMPLE = 'Write vLLM\'s engine arguments as JSON, such as {"kv_cache_memory_bytes": 268435456}'
@@ -291,11 +292,17 @@ def _rows(results: Results, checked: bool) -> list[dict[str, Any]]:
             | summary(measured.levels)
             | _speculation(measured.speculation)
             | {
+                "digest": _digest(measured.levels[0].outputs),
                 "lossless": None if outputs is None else all(turn["first_difference"] is None for turn in outputs),
                 "outputs_by_turn": outputs,
             }
         )
     return rows
+
+
+def _digest(outputs: list[list[int]]) -> str:
+    """Tells whether two runs gave the same tokens."""
+    return hashlib.sha256(json.dumps(outputs).encode()).hexdigest()[:16]
 
 
 def _speculation(turns: list[dict[str, Any]]) -> dict[str, Any]:

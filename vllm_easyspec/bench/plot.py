@@ -13,6 +13,7 @@ SETTINGS: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.alpha": 0.3,
     "legend.frameon": False,
     "font.size": 9,
@@ -36,20 +37,21 @@ def check(path: Path | None) -> None:
 
 def engine(rows: list[dict[str, Any]], path: Path) -> None:
     """Tokens a second and time per output token against concurrency, a line an arm."""
-    with _figure(path, columns=2) as (throughput, latency):
-        for arm in dict.fromkeys(row["arm"] for row in rows):
-            own = [row for row in rows if row["arm"] == arm]
-            concurrency = [row["concurrency"] for row in own]
-            throughput.plot(concurrency, [row["tokens_a_second"] for row in own], marker="o", label=arm)
-            latency.plot(concurrency, [row["tpot_ms"]["median"] for row in own], marker="o", label=arm)
-        ticks = sorted({row["concurrency"] for row in rows})
-        for axes, label in ((throughput, "tokens a second"), (latency, "TPOT, ms (median)")):
+    panels = {
+        "tokens a second": lambda row: row["tokens_a_second"],
+        "TPOT, ms (median)": lambda row: row["tpot_ms"]["median"] or 0,
+    }
+    ticks = sorted({row["concurrency"] for row in rows})
+    with _figure(path, columns=len(panels)) as columns:
+        for axes, (label, value) in zip(columns, panels.items(), strict=True):
+            for arm in dict.fromkeys(row["arm"] for row in rows):
+                own = [row for row in rows if row["arm"] == arm]
+                axes.plot([row["concurrency"] for row in own], list(map(value, own)), marker="o", label=arm)
             axes.set_xscale("log", base=2)
             axes.set_xticks(ticks, list(map(str, ticks)))
             axes.set_xlabel("concurrency")
             axes.set_ylabel(label)
-            axes.set_ylim(bottom=0)
-        throughput.legend()
+            axes.set_ylim(0, 1.1 * max(map(value, rows)))
 
 
 def draft_step(rows: list[dict[str, Any]], path: Path) -> None:
@@ -59,16 +61,15 @@ def draft_step(rows: list[dict[str, Any]], path: Path) -> None:
     width = 0.8 / len(series)
     with _figure(path, columns=1) as (axes,):
         for index, (batch, context) in enumerate(series):
-            speedups = {
-                _plan(row): row["speedup"] for row in rows if (row["batch"], row["context"]) == (batch, context)
-            }
-            places = [plans.index(plan) + (index - (len(series) - 1) / 2) * width for plan in speedups]
-            bars = axes.bar(places, list(speedups.values()), width, label=f"batch {batch}, context {context}")
+            own = [row for row in rows if (row["batch"], row["context"]) == (batch, context)]
+            places = [plans.index(_plan(row)) + (index - (len(series) - 1) / 2) * width for row in own]
+            bars = axes.bar(places, [row["speedup"] for row in own], width, label=f"batch {batch}, context {context}")
             axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
         axes.axhline(1, color="black", linewidth=0.8)
+        axes.grid(visible=False, axis="x")
         axes.set_xticks(range(len(plans)), plans)
-        axes.set_ylabel(f"speed-up over precise, {rows[0]['ranks']} ranks")
-        axes.legend()
+        ranks = rows[0]["ranks"]
+        axes.set_ylabel(f"speed-up over precise, {ranks} rank{'s' * (ranks > 1)}")
 
 
 def _plan(row: dict[str, Any]) -> str:
@@ -77,12 +78,15 @@ def _plan(row: dict[str, Any]) -> str:
 
 @contextmanager
 def _figure(path: Path, columns: int) -> Iterator[Any]:
-    """Axes to draw on; the file is written at the end."""
+    """Axes to draw on; at the end the legend is set above them and the file written."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(SETTINGS):
         figure = Figure(figsize=(8, 3.2), layout="constrained")
-        yield figure.subplots(1, columns, squeeze=False)[0]
+        axes = figure.subplots(1, columns, squeeze=False)[0]
+        yield axes
+        series = axes[0].get_legend_handles_labels()
+        figure.legend(*series, loc="outside upper center", ncols=len(series[0]))
         metadata = {"Date": None} if path.suffix == ".svg" else None
         figure.savefig(path, metadata=metadata)
