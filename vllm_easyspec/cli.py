@@ -132,9 +132,17 @@ def _bench_draft_step(args: argparse.Namespace) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm_easyspec.bench import plot, report
     from vllm_easyspec.bench.draft_step import measure
+    from vllm_easyspec.drafter.plan import LayerPlan
+    from vllm_easyspec.support import read_drafter
 
     report.check_writable(args.json)
     plot.check(args.plot)
+    layers = read_drafter(args.drafter, None).num_layers
+    for sizes in args.plans or []:
+        try:
+            LayerPlan.of_sizes(layers, sizes)
+        except ValueError as error:
+            raise BenchmarkError(f"--plans {'-'.join(map(str, sizes))}: {error}") from error
     rows = measure(
         args.drafter,
         args.ranks,

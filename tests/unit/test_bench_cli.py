@@ -1,4 +1,4 @@
-"""`vllm-easyspec bench engine` before and after its engines: arms, their order, errors, rows, table, plot."""
+"""`vllm-easyspec bench` before and after it measures: arms, their order, errors, rows, table, plots."""
 
 import json
 import re
@@ -187,6 +187,20 @@ def test_lossy_float32_run_fails_and_keeps_its_result(capsys, monkeypatch, tmp_p
     assert main(["bench", "engine", "--model", str(TARGET), "--config", TINY, "--json", str(kept)]) == 1
     assert "error: in float32 outputs of easyspec differ from the target's own" in capsys.readouterr().err
     assert json.loads(kept.read_text())["rows"][-1]["lossless"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plans", "1-8-1", "1-4-4"], "--plans 1-4-4: group_sizes=[1, 4, 4] add up to 9"),
+        (["--json", "no/such/folder.json"], "there is no folder no/such. Make it"),
+        (["--drafter", "./nowhere"], "./nowhere"),
+    ],
+)
+def test_bad_input_of_draft_step_is_one_line(capsys, arguments, message):
+    assert main(["bench", "draft-step", "--drafter", str(DRAFTER), *arguments]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and err.count("\n") == 1
 
 
 def test_draft_step_plot(tmp_path):
