@@ -230,10 +230,12 @@ def _engine(name: str, model: str, speculative_config: dict[str, Any] | None, ar
     from vllm import LLM, envs
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    from vllm_easyspec.bench import step_clock
+
     fixed: dict[str, Any] = dict(
         skip_tokenizer_init=True,
         disable_log_stats=False,  # acceptance is counted there, in every arm
-        worker_extension_cls="vllm_easyspec.bench.step_clock.StepClock",
+        worker_extension_cls=f"{step_clock.__name__}.{step_clock.StepClock.__name__}",
         speculative_config=speculative_config,
     )
     # A prompt comes again at every level and in every turn.
@@ -249,6 +251,7 @@ def _engine(name: str, model: str, speculative_config: dict[str, Any] | None, ar
         del llm
         gc.collect()
         if not envs.VLLM_ENABLE_V1_MULTIPROCESSING:  # its worker was in this process, and so is its memory
+            step_clock.leave_worker_classes()
             cleanup_dist_env_and_memory()
 
 
