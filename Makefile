@@ -1,4 +1,4 @@
-# make install | demo | test | lint | format | clean. Each does the set-up first where it is missing.
+# make install | demo | test | bench | lint | format | clean. Each does the set-up first where it is missing.
 #
 # TARGET       cuda or cpu; by itself cuda where nvidia-smi lists a GPU
 # TORCH_INDEX  PyTorch's CPU wheel index, for a CPU host whose pip does not know one
@@ -14,7 +14,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed-$(TARGET)
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 
-.PHONY: install demo test lint lint-cuda format clean
+.PHONY: install demo test bench gpu-check lint lint-cuda format clean
 
 install: $(INSTALLED)
 
@@ -32,6 +32,22 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/pytest $(ARGS)
+
+# The CPU figures, on two cores that do nothing else; about 15 minutes.
+RESULTS := benchmarks/results
+BENCH := $(BIN)/vllm-easyspec bench
+TINY_PAIR := --model examples/tiny-pair/target --config configs/tiny-pair.yaml --dtype float32 \
+	--engine '{"kv_cache_memory_bytes": 268435456}'
+bench: $(INSTALLED)
+	$(BENCH) draft-step --drafter examples/tiny-pair/drafter --ranks 2 --plans 1-4-4-1 1-8-1 --batch 1,8 --context 256 \
+		--json $(RESULTS)/draft-step-cpu.json --plot docs/draft-step-cpu.svg
+	$(BIN)/python benchmarks/rounds.py --json $(RESULTS)/rounds-cpu.json
+	$(BIN)/python benchmarks/held_out.py build/held-out.jsonl
+	$(BENCH) engine $(TINY_PAIR) --prompts build/held-out.jsonl --concurrency 1,4,16 --output-tokens 64 \
+		--json $(RESULTS)/engine-cpu.json --plot docs/engine-cpu.svg
+	$(BENCH) engine $(TINY_PAIR) --input-tokens 1900 --output-tokens 16 --concurrency 1 --requests 8 --turns 1 \
+		--baselines none,draft_model --json $(RESULTS)/engine-long-prompts-cpu.json
+	$(BIN)/python benchmarks/interpreted.py --json $(RESULTS)/interpreted-cpu.json
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
