@@ -40,6 +40,7 @@ from vllm_easyspec.config import OPTIONS_KEY, RuntimeOptions
 from vllm_easyspec.drafter.model import LayerParallelDrafter
 from vllm_easyspec.drafter.paged_kv import PagedKV, PagedPass, Sequences
 from vllm_easyspec.drafter.plan import LayerPlan, Scope
+from vllm_easyspec.drafter.xformers_attention import choose as choose_attention
 
 try:  # vLLM 0.33 moved the planning of the K/V cache; of 0.32 it is in kv_cache_utils
     from vllm.v1.core import kv_cache_planning as planning
@@ -88,6 +89,7 @@ class StandaloneDrafter:
             enforce_eager=True,
             additional_config={OPTIONS_KEY: (options or RuntimeOptions()).to_json()},
         ).create_engine_config()
+        self.config = choose_attention(self.config, (options or RuntimeOptions()).grouped_attention)
         hf_config = self.config.model_config.hf_config
         hf_config.architectures = [plugin.DRAFTER_ARCHITECTURE, *hf_config.architectures]
         with set_current_vllm_config(self.config):

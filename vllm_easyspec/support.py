@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_easyspec.config import METHOD, ConfigError, LayerParallelConfig
+from vllm_easyspec.config import METHOD, ConfigError, LayerParallelConfig, RuntimeOptions
 from vllm_easyspec.drafter.architectures import DrafterShape, UnsupportedDrafterError
 
 if TYPE_CHECKING:
@@ -76,13 +76,22 @@ def _asked_layout() -> str | None:
     return envs.VLLM_KV_CACHE_LAYOUT
 
 
+def _xformers_serves(config: "VllmConfig") -> bool:
+    """Whether the drafter may have xformers' attention in place of a backend's."""
+    from vllm_easyspec.drafter.xformers_attention import why_unusable
+
+    wanted = RuntimeOptions.from_vllm(config).grouped_attention
+    return wanted == "xformers" or wanted == "auto" and why_unusable() is None
+
+
 ATTENTION_BACKEND = Refusal(
     "attention_backend",
     _chosen_backend,
-    lambda config: _chosen_backend(config) not in (None, *ATTENTION_BACKENDS),
+    lambda config: _chosen_backend(config) not in (None, *ATTENTION_BACKENDS) and not _xformers_serves(config),
     f"the drafter's attention needs one of {', '.join(ATTENTION_BACKENDS)}. Write attention_backend: TRITON_ATTN "
     "(or FLASH_ATTN) beside method: easyspec; the target may keep its own",
 )
+XFORMERS = "XFORMERS"  # `drafter.xformers_attention`, in place of a backend of vLLM's
 
 REFUSALS = (
     _above_one(
@@ -193,7 +202,7 @@ def check_engine(config: "VllmConfig") -> None:
 
 def check_attention_backend(name: str) -> None:
     """Raise `ConfigError` where the drafter can't use the attention backend that vLLM gave it."""
-    if name not in ATTENTION_BACKENDS:
+    if name not in (*ATTENTION_BACKENDS, XFORMERS):
         raise ConfigError(ATTENTION_BACKEND.describe(name))
 
 
