@@ -1,9 +1,9 @@
-# make install | demo | test | lint | format | clean. Each does the set-up first where it is missing.
+# make install | demo | test | gpu-check | lint | format | clean. Each does the set-up first where it is missing.
 #
 # TARGET       cuda or cpu; by itself cuda where nvidia-smi lists a GPU
 # TORCH_INDEX  PyTorch's CPU wheel index, for a CPU host whose pip does not know one
 # PYTHON       the Python that .venv is made of, 3.11 or newer; python3.11 where it exists, as the tests run on it
-# ARGS         more arguments for pytest or the demo
+# ARGS         more arguments for pytest, the demo or gpu-check
 
 TARGET ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 TARGET := $(TARGET)
@@ -14,7 +14,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed-$(TARGET)
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo test gpu-check lint format clean
 
 install: $(INSTALLED)
 
@@ -32,6 +32,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/pytest $(ARGS)
+
+gpu-check: $(INSTALLED)
+	$(BIN)/python tools/gpu_check.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -2,8 +2,8 @@
 
 For where vLLM's chosen backend can't take the virtual batch, or by name (`grouped_attention: xformers`). Pages and
 cache write are the Triton backend's; only the attention call differs. xformers' causal masks want queries in equal runs
-of at most 16, so a sequence's queries are cut from its end into such runs, each a sequence of its own that sees fewer keys;
-rows that fill up the first run are computed and dropped.
+of at most 16, so a sequence's queries are cut from its end into such runs, each a sequence of its own that sees fewer
+keys; rows that fill up the first run are computed and dropped.
 """
 
 import copy
@@ -229,9 +229,11 @@ class XFormersImpl(TritonAttentionImpl):
         """query, output: `[tokens, heads, head_size]`; kv_cache: `[pages, kv_heads, page_size, 2 * head_size]`, keys
         before values, either order of heads and tokens in memory."""
         runs = attn_metadata.runs
+        keys, values = kv_cache.split(self.head_size, dim=-1)
         attended = paged_attention(
             query[runs.take],
-            *kv_cache.split(self.head_size, dim=-1),
+            keys,
+            values,
             attn_metadata.block_table[runs.sequence],
             # A padded sequence has no keys; its rows are dropped, so let them see one rather than divide by zero.
             (attn_metadata.seq_lens[runs.sequence] - runs.unseen).clamp_(min=1),
@@ -301,7 +303,7 @@ def _rows(pages: torch.Tensor, queries_a_head: int) -> tuple[torch.Tensor, int]:
 
 
 @cache
-def _operator(page_size: int) -> type:
+def _operator(page_size: int) -> Any:
     """xformers' operator with a tile of keys that divides the page."""
     from xformers.ops.fmha.triton_splitk import FwOp
 
