@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from vllm_easyspec.bench.processes import alone
 from vllm_easyspec.bench.report import surroundings
 from vllm_easyspec.drafter.plan import LayerPlan
 from vllm_easyspec.metrics import StageClock
@@ -106,7 +107,7 @@ def engine(target: str, device: str, speculative: dict | None, batch: int, lengt
     from vllm import LLM
 
     synthetic = dict(rejection_sample_method="synthetic", synthetic_acceptance_length=ACCEPTANCE_LENGTH)
-    where = dict(kv_cache_memory_bytes=1 << 28) if device == "cpu" else dict(gpu_memory_utilization=0.85)
+    where = dict(kv_cache_memory_bytes=1 << 28) if device == "cpu" else dict(gpu_memory_utilization=0.6)
     llm = LLM(
         target,
         load_format="dummy",
@@ -150,62 +151,78 @@ def plans(layers: int) -> dict[str, dict]:
 
 
 def measure_stages(name: str, device: str, save: Any) -> None:
-    """Rows: the drafting stage and its steps of one drafter, at batch 1 and 8."""
-    context, new_tokens, turns = (256, 128, 3) if device == "cuda" else (32, 16, 1)
-    batches = (1, 8) if device == "cuda" else (1, 2)
-    rows: list[dict] = []
+    """Rows: the drafting stage and its steps of one drafter, by batch size."""
     with shape(name, device) as drafter, shape(name, device, num_hidden_layers=2) as target:
-        baseline: dict[int, float] = {}
-        spec = dict(method="draft_model", model=drafter)
-        with engine(target, device, spec, max(batches), context + new_tokens + 16) as llm:
-            state = llm.collective_rpc("drafter_state")[0]
-            for batch in batches:
+        rows = alone(time_draft_model, target, drafter, device)
+        save(name, rows)
+        baseline = {row["batch"]: row["stage_ms"] for row in rows}
+        for row in alone(time_easyspec, target, drafter, device):
+            rows.append(row | {"draft_model_over_stage": round(baseline[row["batch"]] / row["stage_ms"], 2)})
+        save(name, rows)
+
+
+def stage_sizes(device: str) -> tuple[int, int, int, tuple[int, ...]]:
+    """Tokens of a prompt, generated tokens, turns, batch sizes."""
+    return (256, 128, 3, (1, 8)) if device == "cuda" else (32, 16, 1, (1, 2))
+
+
+def time_draft_model(target: str, drafter: str, device: str) -> list[dict]:
+    context, new_tokens, turns, batches = stage_sizes(device)
+    rows = []
+    spec = dict(method="draft_model", model=drafter)
+    with engine(target, device, spec, max(batches), context + new_tokens + 16) as llm:
+        state = llm.collective_rpc("drafter_state")[0]
+        for batch in batches:
+            generate(llm, batch, context, new_tokens)  # warms up
+            llm.collective_rpc("time_propose")
+            for _ in range(turns):
                 generate(llm, batch, context, new_tokens)
-                llm.collective_rpc("time_propose")
-                for _ in range(turns):
+            stage = llm.collective_rpc("propose_ms")[0]
+            rows.append({"arm": "draft_model", "batch": batch, "stage_ms": round(stage, 4)} | state)
+    return rows
+
+
+def time_easyspec(target: str, drafter: str, device: str) -> list[dict]:
+    """Plans take turns, and the first turn warms up."""
+    context, new_tokens, turns, batches = stage_sizes(device)
+    rows = []
+    spec = dict(method="easyspec", model=drafter)
+    with engine(target, device, spec, max(batches), context + new_tokens + 16) as llm:
+        chosen = plans(json.loads((Path(drafter) / "config.json").read_text())["num_hidden_layers"])
+        bandwidth = llm.collective_rpc("read_bandwidth")[0]
+        for batch in batches:
+            taken: dict[str, list[tuple]] = {arm: [] for arm in chosen}
+            graphs = {}
+            for turn in range(turns + 1):
+                for arm, plan in chosen.items():
+                    llm.collective_rpc("easyspec_configure", kwargs=plan)
+                    llm.collective_rpc("time_propose")
                     generate(llm, batch, context, new_tokens)
-                baseline[batch] = llm.collective_rpc("propose_ms")[0]
+                    counted = llm.collective_rpc("easyspec_stats")[0]
+                    times, graphs[arm] = counted["stage_ms"], counted.get("graphs")
+                    if turn:
+                        stage = llm.collective_rpc("propose_ms")[0]
+                        taken[arm].append((stage, times["calibrate"], times["draft"] / (DRAFTS - 1)))
+            moved = llm.collective_rpc("step_bytes", args=(batch, context + new_tokens // 2))[0]
+            floor = 1e3 * moved / bandwidth
+            precise = median(step for _, _, step in taken["precise"])
+            for arm, measured in taken.items():
+                stage, calibrate, step = (median(times) for times in zip(*measured, strict=True))
                 rows.append(
-                    {"drafter": name, "arm": "draft_model", "batch": batch, "stage_ms": baseline[batch]} | state
+                    {
+                        "arm": arm,
+                        "batch": batch,
+                        "stage_ms": round(stage, 4),
+                        "calibrate_ms": round(calibrate, 4),
+                        "step_ms": round(step, 4),
+                        "floor_ms": round(floor, 4),
+                        "step_over_floor": round(step / floor, 2),
+                        "precise_over_step": round(precise / step, 2),
+                        "bandwidth_tb_s": round(bandwidth / 1e12, 3),
+                        "graphs": graphs[arm],
+                    }
                 )
-        save(rows)
-        with engine(target, device, spec | dict(method="easyspec"), max(batches), context + new_tokens + 16) as llm:
-            layers = llm.llm_engine.vllm_config.speculative_config.draft_model_config.hf_config.num_hidden_layers
-            bandwidth = llm.collective_rpc("read_bandwidth")[0]
-            for batch in batches:
-                taken: dict[str, list[tuple]] = {arm: [] for arm in plans(layers)}
-                for turn in range(turns + 1):
-                    for arm, plan in plans(layers).items():
-                        llm.collective_rpc("easyspec_configure", kwargs=plan)
-                        llm.collective_rpc("time_propose")
-                        generate(llm, batch, context, new_tokens)
-                        counted = llm.collective_rpc("easyspec_stats")[0]
-                        if turn:  # the first one warms up
-                            stage = llm.collective_rpc("propose_ms")[0]
-                            times = counted["stage_ms"]
-                            taken[arm].append((stage, times["calibrate"], times["draft"] / (DRAFTS - 1)))
-                moved = llm.collective_rpc("step_bytes", args=(batch, context + new_tokens // 2))[0]
-                floor = 1e3 * moved / bandwidth
-                precise = median(step for _, _, step in taken["precise"])
-                for arm, measured in taken.items():
-                    stage, calibrate, step = (median(times) for times in zip(*measured, strict=True))
-                    rows.append(
-                        {
-                            "drafter": name,
-                            "arm": arm,
-                            "batch": batch,
-                            "stage_ms": round(stage, 4),
-                            "calibrate_ms": round(calibrate, 4),
-                            "step_ms": round(step, 4),
-                            "floor_ms": round(floor, 4),
-                            "step_over_floor": round(step / floor, 2),
-                            "precise_over_step": round(precise / step, 2),
-                            "draft_model_over_stage": round(baseline[batch] / stage, 2),
-                            "bandwidth_tb_s": round(bandwidth / 1e12, 3),
-                            "graphs": counted.get("graphs"),
-                        }
-                    )
-                save(rows)
+    return rows
 
 
 def measure_engine(arm: str, device: str, save: Any) -> None:
@@ -230,7 +247,7 @@ def measure_engine(arm: str, device: str, save: Any) -> None:
                 for name, seconds in taken.items():
                     rate = batch * new_tokens / median(seconds)
                     rows.append({"arm": name, "batch": batch, "tokens_a_second": round(rate, 1)})
-                save(rows)
+                save(DRAFTER, rows)
 
 
 def vocabulary(folder: str) -> int:
@@ -246,8 +263,9 @@ def main() -> None:
     args = parser.parse_args()
     around = surroundings(" ".join(["benchmarks/gpu_figures.py", *sys.argv[1:]]))
 
-    def save(rows: list[dict]) -> None:
-        args.json.write_text(json.dumps(around | {"rows": rows}, indent=1) + "\n")
+    def save(drafter: str, rows: list[dict]) -> None:
+        named = [{"drafter": drafter} | row for row in rows]
+        args.json.write_text(json.dumps(around | {"rows": named}, indent=1) + "\n")
 
     {"stages": measure_stages, "engine": measure_engine}[args.figure](args.of, args.device, save)
 

@@ -11,13 +11,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "e2e"))
 
 from engines import audit, configure, easyspec, engine, greedy, mixed_prompts, stats  # noqa: E402
 
+from vllm_easyspec.bench.processes import alone  # noqa: E402
 from vllm_easyspec.bench.report import surroundings  # noqa: E402
 
 NEW_TOKENS = 48
@@ -35,39 +36,55 @@ def arguments(device: str, dtype: str, graphs: bool) -> dict[str, Any]:
     return given
 
 
-def answers(llm: Any, batch: int) -> list[Any]:
-    """What is generated for the first `batch` prompts, together, with the two best log-probabilities a token."""
+class Answer(NamedTuple):
+    prompt: list[int]
+    tokens: list[int]
+    steps: list[dict[int, float]]  # log-probabilities of each generated token's candidates, the two best among them
+
+
+def answers(llm: Any, batch: int) -> list[Answer]:
+    """What is generated for the first `batch` prompts, together."""
     outs = llm.generate(mixed_prompts()[:batch], greedy(NEW_TOKENS, logprobs=2), use_tqdm=False)
-    return [(list(out.prompt_token_ids), out.outputs[0]) for out in outs]
+    return [
+        Answer(
+            list(out.prompt_token_ids),
+            list(out.outputs[0].token_ids),
+            [{token: entry.logprob for token, entry in step.items()} for step in out.outputs[0].logprobs],
+        )
+        for out in outs
+    ]
 
 
-def top_two_gap(step: dict[int, Any]) -> float:
-    """Between the two best log-probabilities of one generated token."""
-    best, second = sorted((entry.logprob for entry in step.values()), reverse=True)[:2]
-    return best - second
-
-
-def noise(llm: Any, answered: list[Any]) -> float:
+def noise(llm: Any, answered: list[Answer]) -> float:
     """The largest difference between a generated token's log-probability decoded and read again as a prompt."""
-    whole = [{"prompt_token_ids": prompt + list(out.token_ids)} for prompt, out in answered]
+    whole = [{"prompt_token_ids": answer.prompt + answer.tokens} for answer in answered]
+    # A prefix found in the cache would not be read again.
+    llm.reset_prefix_cache()
     reread = llm.generate(whole, greedy(1, prompt_logprobs=0), use_tqdm=False)
-    largest = 0.0
-    for (prompt, out), again in zip(answered, reread, strict=True):
-        for place, (token, step) in enumerate(zip(out.token_ids, out.logprobs, strict=True)):
-            read = again.prompt_logprobs[len(prompt) + place][token].logprob
-            largest = max(largest, abs(read - step[token].logprob))
-    return largest
+    return max(
+        abs(again.prompt_logprobs[len(answer.prompt) + place][token].logprob - answer.steps[place][token])
+        for answer, again in zip(answered, reread, strict=True)
+        for place, token in enumerate(answer.tokens)
+    )
 
 
-def first_differences(expected: list[Any], found: list[Any]) -> list[float]:
+def first_differences(expected: list[Answer], found: list[Answer]) -> list[float]:
     """The target's top-two gap at the first token that differs, for each answer that differs."""
     gaps = []
-    for (_, wanted), (_, got) in zip(expected, found, strict=True):
-        pairs = zip(wanted.token_ids, got.token_ids, strict=True)
+    for wanted, got in zip(expected, found, strict=True):
+        pairs = zip(wanted.tokens, got.tokens, strict=True)
         differing = next((place for place, (a, b) in enumerate(pairs) if a != b), None)
         if differing is not None:
-            gaps.append(top_two_gap(wanted.logprobs[differing]))
+            best, second = sorted(wanted.steps[differing].values(), reverse=True)[:2]
+            gaps.append(best - second)
     return gaps
+
+
+def target_alone(device: str, dtype: str, graphs: bool) -> tuple[dict[int, list[Answer]], float]:
+    """Its answers by batch size, and their noise."""
+    with engine(**arguments(device, dtype, graphs)) as llm:
+        expected = {batch: answers(llm, batch) for batch in BATCHES}
+        return expected, noise(llm, expected[max(BATCHES)])
 
 
 def check_identity(device: str, dtype: str, graphs: bool, xformers: bool) -> list[dict]:
@@ -76,10 +93,9 @@ def check_identity(device: str, dtype: str, graphs: bool, xformers: bool) -> lis
 
         if why_unusable():
             return [{"skipped": why_unusable()}]
+    expected, measured_noise = alone(target_alone, device, dtype, graphs)
+    allowed = 0.0 if dtype == "float32" else 2 * measured_noise
     shared = arguments(device, dtype, graphs)
-    with engine(**shared) as llm:
-        expected = {batch: answers(llm, batch) for batch in BATCHES}
-        allowed = 0.0 if dtype == "float32" else 2 * noise(llm, expected[max(BATCHES)])
     more = {"grouped_attention": "xformers"} if xformers else {}
     rows = []
     with engine(speculative_config=easyspec(num_speculative_tokens=5, **more), **shared) as llm:
@@ -96,6 +112,7 @@ def check_identity(device: str, dtype: str, graphs: bool, xformers: bool) -> lis
                         "differing": len(gaps),
                         "largest_gap": max(gaps, default=0.0),
                         "allowed_gap": allowed,
+                        "noise": measured_noise,
                         "tokens_a_round": counted["tokens_a_round"],
                         "graphs": counted.get("graphs"),
                     }

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -113,8 +112,7 @@ def test_parts_have_names_of_their_own_and_commands_that_exist(device):
 
 
 def answer(token_ids, gap=1.0):
-    steps = [{token: SimpleNamespace(logprob=-0.1), -1: SimpleNamespace(logprob=-0.1 - gap)} for token in token_ids]
-    return ([], SimpleNamespace(token_ids=token_ids, logprobs=steps))
+    return gpu_checks.Answer([], token_ids, [{token: -0.1, -1: -0.1 - gap} for token in token_ids])
 
 
 def test_the_first_difference_is_judged_by_the_targets_gap():
