@@ -251,7 +251,7 @@ class EasySpecSpeculator(DraftModelSpeculator):
         self.draft_vllm_config = choose_attention(spec.apply_draft_overrides(config), self.options.grouped_attention)
         model = get_model(vllm_config=self.draft_vllm_config, prefix="draft_model", load_config=spec.draft_load_config)
         for layer in model.attention:
-            check_attention_backend(layer.attn_backend.get_name())
+            check_attention_backend(layer.attn_backend.get_name(), self.options.grouped_attention)
         return model
 
     @property

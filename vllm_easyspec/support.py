@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_easyspec.config import METHOD, ConfigError, LayerParallelConfig, RuntimeOptions
+from vllm_easyspec.config import METHOD, ConfigError, GroupedAttention, LayerParallelConfig, RuntimeOptions
 from vllm_easyspec.drafter.architectures import DrafterShape, UnsupportedDrafterError
 
 if TYPE_CHECKING:
@@ -200,8 +200,13 @@ def check_engine(config: "VllmConfig") -> None:
     check_runner(config)
 
 
-def check_attention_backend(name: str) -> None:
+def check_attention_backend(name: str, grouped_attention: GroupedAttention = "auto") -> None:
     """Raise `ConfigError` where the drafter can't use the attention backend that vLLM gave it."""
+    if grouped_attention == "xformers" and name != XFORMERS:
+        raise ConfigError(
+            f"grouped_attention='xformers' needs a CUDA device; here vLLM gave the drafter {name} all the same. Write "
+            "grouped_attention: backend"
+        )
     if name not in (*ATTENTION_BACKENDS, XFORMERS):
         raise ConfigError(ATTENTION_BACKEND.describe(name))
 

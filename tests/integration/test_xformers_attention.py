@@ -136,7 +136,8 @@ def test_a_missing_package_is_one_clear_error(monkeypatch):
 
 
 def test_a_triton_without_block_pointers_is_one_clear_error(monkeypatch):
-    monkeypatch.setattr(xformers_attention.importlib.metadata, "version", lambda name: "3.9.0")
+    monkeypatch.setattr(xformers_attention.importlib.metadata, "version", lambda name: "0.0.35")
+    monkeypatch.setattr("triton.__version__", "3.9.0")
     with pytest.raises(ConfigError, match="which Triton 3.9.0 no longer has. Install triton<3.9, or write"):
         xformers_attention.choose(None, "xformers")
 

@@ -15,6 +15,8 @@ import gpu_check  # noqa: E402
 import gpu_checks  # noqa: E402
 from gpu_check import Part  # noqa: E402
 
+from vllm_easyspec.bench.processes import alone  # noqa: E402
+
 
 def python(name: str, code: str, **changes) -> Part:
     return Part(**(dict(name=name, is_check=True, command=("-c", code), least_s=0, most_s=60) | changes))
@@ -136,3 +138,9 @@ def test_problems():
     assert gpu_checks.problems([audited], False) == []
     assert "pages are not precise" in gpu_checks.problems([audited | {"largest_difference": 1.0}], False)[0]
     assert "pages are not precise" in gpu_checks.problems([audited | {"audited": 0}], False)[0]
+
+
+def test_an_engine_alone_has_its_own_process_and_its_errors_come_back():
+    assert alone(os.getpid) != os.getpid()
+    with pytest.raises(ZeroDivisionError):
+        alone(divmod, 1, 0)

@@ -43,9 +43,12 @@ def why_unusable() -> str | None:
         importlib.metadata.version("xformers")
     except importlib.metadata.PackageNotFoundError:
         return "the package xformers is not installed. Run pip install 'vllm-easyspec[xformers]'"
-    triton = importlib.metadata.version("triton")
-    if Version(triton) >= TRITON_WITHOUT_BLOCK_POINTERS:
-        return f"its kernel needs block pointers, which Triton {triton} no longer has. Install triton<3.9"
+    try:
+        import triton
+    except ImportError:
+        return "Triton is not installed. Install triton<3.9"
+    if Version(triton.__version__) >= TRITON_WITHOUT_BLOCK_POINTERS:
+        return f"its kernel needs block pointers, which Triton {triton.__version__} no longer has. Install triton<3.9"
     return None
 
 
