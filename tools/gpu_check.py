@@ -1,6 +1,7 @@
 """`make gpu-check`: build, correctness, then figures on a host with a GPU, within one budget of time.
 
 Each part runs in a process of its own with its own time limit, so that a failure or a hang costs that part alone.
+Checks share the GPU, several at once; what is timed has it to itself.
 Results are written as they are obtained, one file a part, `benchmarks/results/gpu-PART.json`; the table comes last. The
 exit code is 1 if a check failed or got no time. Without a GPU this says so and exits with 0.
 
@@ -16,7 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +36,7 @@ class Part:
     least_s: int  # not begun with less time left
     most_s: int  # ended after this
     environment: tuple[tuple[str, str], ...] = ()
+    shares_gpu: bool = False
 
 
 def parts(device: str) -> list[Part]:
@@ -41,26 +45,25 @@ def parts(device: str) -> list[Part]:
     on_gpu = (("EASYSPEC_TEST_ENGINE", json.dumps(engine)),)
 
     def check(name: str, *arguments: str, least: int = 40, most: int = 150) -> Part:
-        return Part(name, True, (CHECKS, *arguments), least, most)
+        return Part(name, True, (CHECKS, *arguments), least, most, shares_gpu=True)
+
+    def tests(name: str, *arguments: str) -> Part:
+        return Part(name, True, ("-m", "pytest", "-q", *arguments), 30, 150, on_gpu, shares_gpu=True)
 
     def figure(name: str, *arguments: str, least: int = 40, most: int = 120) -> Part:
         return Part(name, False, (FIGURES, *arguments), least, most)
 
     found = [check("identity-eager", "identity", "float32")]
-    if (ROOT / "csrc").is_dir():
-        build = Part("build", True, ("setup.py", "build_ext", "--inplace"), 20, 200)
-        operators = Part("operators", True, ("-m", "pytest", "-q", "tests/ops"), 20, 90, on_gpu)
-        found = [build, *found, operators]
     if device == "cuda":
         found.append(check("identity-graphs", "identity", "float32", "--graphs"))
     found.append(check("bfloat16", "identity", "bfloat16", *(["--graphs"] if device == "cuda" else [])))
-    sampling = ("-m", "pytest", "-q", "tests/e2e/test_sampling.py", "-k", "probabilistic and not full")
-    found.append(Part("sampling", True, sampling, 40, 150, on_gpu))
+    found.append(tests("sampling", "tests/e2e/test_sampling.py", "-k", "probabilistic and not full"))
+    if (ROOT / "csrc").is_dir():
+        found = [Part("build", True, ("setup.py", "build_ext", "--inplace"), 20, 200), *found]
+        found.append(tests("operators", "tests/ops"))
     if device == "cuda":
-        found += [
-            Part("tests-gpu", True, ("-m", "pytest", "-q", "-m", "gpu", "tests"), 20, 120, on_gpu),
-            check("xformers", "identity", "bfloat16", "--xformers"),
-        ]
+        found.append(tests("tests-gpu", "-m", "gpu", "tests"))
+        found.append(check("xformers", "identity", "bfloat16", "--xformers"))
     drafters = DRAFTERS if device == "cuda" else DRAFTERS[1:2]
     stages = [figure(f"stages-{name}", "stages", name) for name in drafters]
     end_to_end = [figure(f"engine-{arm}", "engine", arm) for arm in ("none", "draft_model", "easyspec")]
@@ -112,6 +115,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--budget", type=float, default=600, metavar="SECONDS")
+    parser.add_argument("--jobs", type=int, metavar="N", help="checks at once (default: 3, on a CPU 1)")
     parser.add_argument("--only", nargs="+", metavar="PART", help="run these parts alone")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", metavar="FOLDER")
     args = parser.parse_args()
@@ -130,22 +134,27 @@ def main() -> int:
     deadline = time.monotonic() + args.budget
     args.results.mkdir(parents=True, exist_ok=True)
     prefix = "gpu" if args.device == "cuda" else "cpu-rehearsal"
-    results: list[dict] = []
-    bad = False
-    for part in known:
-        if args.only and part.name not in args.only:
-            continue
+
+    def attempt(part: Part) -> dict:
         left = deadline - time.monotonic()
         if left < part.least_s:
-            found = {"part": part.name, "outcome": f"not run: {max(0, left):.0f} s of the budget were left"}
-        else:
-            print(f"gpu-check: {part.name}", flush=True)
-            file = args.results / f"{prefix}-{part.name}.json"
-            found = run(part, args.device, min(left, part.most_s), file)
-            if found["outcome"] != "passed":
-                print(found.get("output", "")[-1500:])
-        results.append(found)
-        bad |= part.is_check and not found["outcome"].startswith(("passed", "skipped"))
+            return {"part": part.name, "outcome": f"not run: {max(0, left):.0f} s of the budget were left"}
+        print(f"gpu-check: {part.name}", flush=True)
+        found = run(part, args.device, min(left, part.most_s), args.results / f"{prefix}-{part.name}.json")
+        if found["outcome"] != "passed":
+            print(f"gpu-check: {part.name} {found['outcome']}\n{found['output'][-1500:]}", flush=True)
+        return found
+
+    chosen = [part for part in known if not args.only or part.name in args.only]
+    jobs = args.jobs or (3 if args.device == "cuda" else 1)
+    results: list[dict] = []
+    for shared, some in groupby(chosen, key=lambda part: part.shares_gpu):
+        with ThreadPoolExecutor(jobs if shared else 1) as pool:
+            results += pool.map(attempt, some)
+    good = ("passed", "skipped")
+    bad = any(
+        part.is_check and not found["outcome"].startswith(good) for part, found in zip(chosen, results, strict=True)
+    )
     print_table(results)
     return int(bad)
 

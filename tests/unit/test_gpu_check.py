@@ -73,6 +73,17 @@ def test_parts_without_time_are_listed_and_a_check_among_them_fails(monkeypatch,
     assert code == 1
 
 
+def test_checks_share_the_gpu_and_figures_have_it_alone(monkeypatch, tmp_path):
+    """Two checks that wait for each other's file end only if they run at once."""
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    meet = "import pathlib, time; pathlib.Path({!r}).touch()\nwhile not pathlib.Path({!r}).exists(): time.sleep(0.02)"
+    parts = [python("first", meet.format(a, b), shares_gpu=True), python("second", meet.format(b, a), shares_gpu=True)]
+    code, found = check(monkeypatch, tmp_path / "results", parts, "--jobs", "2")
+    assert code == 0 and all(part["outcome"] == "passed" for part in found.values())
+    for part in gpu_check.parts("cuda"):
+        assert part.shares_gpu == (part.is_check and part.name != "build")
+
+
 def test_a_folder_without_tests_is_skipped_not_failed(monkeypatch, tmp_path):
     part = Part("tests-gpu", True, ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / "empty")), 0, 60)
     (tmp_path / "empty").mkdir()
