@@ -44,8 +44,24 @@ def test_runs_bring_every_query_back_and_show_it_the_keys_up_to_itself(lens):
 @pytest.mark.parametrize("by_head", [False, True], ids=["token-by-token", "head-by-head"])
 @pytest.mark.parametrize("page_size, heads, width", [(16, 4, 1), (32, 2, 8), (48, 4, 16)])
 def test_paged_attention_is_attention(dtype, by_head, page_size, heads, width):
+    _compare(dtype, by_head, page_size, heads, width)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_xformers
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("by_head", [False, True], ids=["token-by-token", "head-by-head"])
+@pytest.mark.parametrize("page_size, heads, width, size", [(16, 8, 1, 64), (32, 14, 8, 64), (64, 8, 16, 128)])
+def test_paged_attention_on_a_gpu(dtype, by_head, page_size, heads, width, size):
+    with torch.device("cuda"):
+        _compare(dtype, by_head, page_size, heads, width, size)
+
+
+def _compare(dtype, by_head, page_size, heads, width, size=32) -> None:
+    """The error is at most twice that of plain attention in the same precision."""
     torch.manual_seed(0)
-    pages, kv_heads, size, sequences = 16, 2, 32, 4
+    pages, kv_heads, sequences = 16, 2, 4
     shape = (pages, kv_heads, page_size, 2 * size) if by_head else (pages, page_size, kv_heads, 2 * size)
     cache = torch.randn(shape, dtype=dtype)
     keys, values = (cache if by_head else cache.transpose(1, 2)).split(size, dim=-1)
