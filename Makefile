@@ -1,9 +1,9 @@
-# make install | demo | test | bench | lint | format | clean. Each does the set-up first where it is missing.
+# make install | demo | test | bench | gpu-check | lint | format | clean. Each does the set-up first where it is missing.
 #
 # TARGET       cuda or cpu; by itself cuda where nvidia-smi lists a GPU
 # TORCH_INDEX  PyTorch's CPU wheel index, for a CPU host whose pip does not know one
 # PYTHON       the Python that .venv is made of, 3.11 or newer; python3.11 where it exists, as the tests run on it
-# ARGS         more arguments for pytest or the demo
+# ARGS         more arguments for pytest, the demo or gpu-check
 
 TARGET ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 TARGET := $(TARGET)
@@ -48,6 +48,9 @@ bench: $(INSTALLED)
 	$(BENCH) engine $(TINY_PAIR) --input-tokens 1900 --output-tokens 16 --concurrency 1 --requests 8 --turns 1 \
 		--baselines none,draft_model --json $(RESULTS)/engine-long-prompts-cpu.json
 	$(BIN)/python benchmarks/interpreted.py --json $(RESULTS)/interpreted-cpu.json
+
+gpu-check: $(INSTALLED)
+	$(BIN)/python tools/gpu_check.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ OPTIONS_KEY = "easyspec"  # in vLLM's additional_config
 
 MlpMode = Literal["auto", "tensor", "replicate"]
 Calibration = Literal["every_round", "never"]
+GroupedAttention = Literal["auto", "backend", "xformers"]
 
 # vLLM's speculative fields that easyspec refuses, with the reason and the remedy.
 REFUSED_FIELDS = {
@@ -136,6 +137,11 @@ class RuntimeOptions(_Strict):
         description="'every_round' (the K/V of accepted tokens is made precise) or 'never' (to measure what that is "
         "worth)",
     )
+    grouped_attention: GroupedAttention = Field(
+        default="auto",
+        description="'backend' (vLLM's attention backend takes a group's layers), 'xformers' or 'auto' (xformers where "
+        "the backend can't)",
+    )
     check_ranks: bool = Field(
         default=False,
         description="true or false; true asserts every round that all ranks drafted the same tokens (debugging)",
@@ -157,6 +163,7 @@ class RuntimeOptions(_Strict):
         return {
             "layer_parallel": self.layer_parallel.to_json(),
             "calibration": self.calibration,
+            "grouped_attention": self.grouped_attention,
             "check_ranks": self.check_ranks,
         }
 

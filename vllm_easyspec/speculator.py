@@ -26,6 +26,7 @@ from vllm_easyspec.config import Calibration, RuntimeOptions
 from vllm_easyspec.drafter.model import LayerParallelDrafter
 from vllm_easyspec.drafter.paged_kv import DrafterAttention, PagedKV, UnpagedPass
 from vllm_easyspec.drafter.plan import SCOPES, LayerPlan, Scope
+from vllm_easyspec.drafter.xformers_attention import choose as choose_attention
 from vllm_easyspec.drafting import DraftLoop
 from vllm_easyspec.graphs import DraftGraph, DraftGraphs
 from vllm_easyspec.metrics import DraftStatistics
@@ -274,10 +275,10 @@ class EasySpecSpeculator(DraftModelSpeculator):
         config = replace(
             self.vllm_config, model_config=model_config, quant_config=None, parallel_config=parallel_config
         )
-        self.draft_vllm_config = spec.apply_draft_overrides(config)
+        self.draft_vllm_config = choose_attention(spec.apply_draft_overrides(config), self.options.grouped_attention)
         model = get_model(vllm_config=self.draft_vllm_config, prefix="draft_model", load_config=spec.draft_load_config)
         for layer in model.attention:
-            check_attention_backend(layer.attn_backend.get_name())
+            check_attention_backend(layer.attn_backend.get_name(), self.options.grouped_attention)
         return model
 
     @property

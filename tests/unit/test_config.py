@@ -107,6 +107,7 @@ def test_to_vllm_passes_vllms_fields_and_keeps_ours_apart():
     assert options == {
         "layer_parallel": {**PLAN, "mlp": "auto"},
         "calibration": "every_round",
+        "grouped_attention": "auto",
         "check_ranks": True,
     }
 
@@ -173,6 +174,7 @@ WRONG = {
     "plan is a number": ({"layer_parallel": 4}, "layer_parallel=4.*mapping"),
     "mlp": ({"layer_parallel": {"mlp": "shard"}}, "layer_parallel.mlp='shard'.*'tensor'.*'replicate'"),
     "calibration": ({"calibration": "sometimes"}, "calibration='sometimes'.*'every_round'.*'never'"),
+    "grouped_attention": ({"grouped_attention": "fast"}, "grouped_attention='fast'.*'backend' .*'xformers' or 'auto'"),
     "check_ranks": ({"check_ranks": "yes"}, "check_ranks='yes'.*true or false"),
     "sampling": ({"draft_sample_method": "nucleus"}, "draft_sample_method='nucleus'.*'greedy' or 'probabilistic'"),
     "a lossy verification": ({"rejection_sample_method": "fly"}, "rejection_sample_method='fly'.*'standard'"),
