@@ -1,10 +1,13 @@
 """What a rank counts and times while it drafts."""
 
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from statistics import median
 
 import torch
+
+from vllm_easyspec.drafter.plan import LayerPlan, Scope
 
 STAGES = ("calibrate", "draft", "verify")
 
@@ -76,11 +79,17 @@ class DraftStatistics:
         self.stages = {"calibrate": PassCounters(), "draft": PassCounters()}
         self.clock = StageClock(self.device)
         self.rounds = 0
+        self.rounds_by_plan: Counter[tuple[int, LayerPlan, Scope]] = Counter()
         # Totals over requests: [verified rounds of a request, drafts tested at position 1.., accepted at position 1..].
         self.verified = torch.zeros((), dtype=torch.int64, device=self.device)
         self.accepted_at = torch.zeros(self.max_drafts, dtype=torch.int64, device=self.device)
         self.calibrated_decode_tokens = torch.zeros((), dtype=torch.int64, device=self.device)
         self.calibrated_prefill_tokens = torch.zeros((), dtype=torch.int64, device=self.device)
+
+    def count_round(self, num_drafts: int, plan: LayerPlan, scope: Scope) -> None:
+        """A round of K = `num_drafts`, whose fuzzy steps (from K = 2 on) run `plan`."""
+        self.rounds += 1
+        self.rounds_by_plan[num_drafts, plan, scope] += 1
 
     def count_verdict(self, decoding: torch.Tensor, num_accepted: torch.Tensor) -> None:
         """decoding: `[reqs] bool`, requests whose drafts were tested; num_accepted: `[reqs] int64`."""
@@ -94,6 +103,10 @@ class DraftStatistics:
         accepted = self.accepted_at.tolist()
         return {
             "rounds": self.rounds,
+            "rounds_by_plan": [
+                {"num_speculative_tokens": drafts, "scope": scope, "group_sizes": list(plan.group_sizes), "rounds": n}
+                for (drafts, plan, scope), n in self.rounds_by_plan.items()
+            ],
             "verified": verified,
             "accepted_at": accepted,
             "acceptance": [round(a / verified, 4) if verified else None for a in accepted],

@@ -22,7 +22,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_easyspec.batch import DraftBatch
 from vllm_easyspec.calibration import CalibrationScheduler, CalibrationStep
-from vllm_easyspec.config import Calibration, RuntimeOptions
+from vllm_easyspec.config import Calibration, PlanTable, RuntimeOptions
 from vllm_easyspec.drafter.model import LayerParallelDrafter
 from vllm_easyspec.drafter.paged_kv import DrafterAttention, PagedKV, PagedPass, Sequences, UnpagedPass
 from vllm_easyspec.drafter.plan import SCOPES, LayerPlan, Scope
@@ -45,6 +45,14 @@ class Drafting:
     scope: Scope
     num_drafts: int  # K, at most the configured one
     calibration: Calibration
+    by_batch_size: PlanTable = ()  # larger batches take the plan above
+
+    def choice(self, num_reqs: int) -> tuple[LayerPlan, Scope]:
+        """How a round of `num_reqs` requests drafts."""
+        for up_to, plan, scope in self.by_batch_size:
+            if up_to is None or num_reqs <= up_to:
+                return plan, scope
+        return self.plan, self.scope
 
 
 class EasySpecSpeculator(DraftModelSpeculator):
@@ -56,10 +64,14 @@ class EasySpecSpeculator(DraftModelSpeculator):
         super().__init__(vllm_config, device)
         self.options = RuntimeOptions.from_vllm(vllm_config)
         num_layers = self.draft_model_config.hf_config.num_hidden_layers
-        plan = self.options.layer_parallel.plan(num_layers)
+        layer_parallel = self.options.layer_parallel
         self.precise = LayerPlan.precise(num_layers)
-        self.drafting = Drafting(
-            plan, self.options.layer_parallel.scope, self.num_speculative_steps, self.options.calibration
+        self.configured = self.drafting = Drafting(
+            layer_parallel.plan(num_layers),
+            layer_parallel.scope,
+            self.num_speculative_steps,
+            self.options.calibration,
+            layer_parallel.plan_table(num_layers),
         )
         self.statistics = DraftStatistics(device, self.num_speculative_steps)
         self.current_step = torch.zeros((), dtype=torch.int64, device=device)
@@ -126,12 +138,13 @@ class EasySpecSpeculator(DraftModelSpeculator):
         self.statistics.clock.stop("calibrate")
         self.statistics.clock.start("draft")
         self.model.counters = self.statistics.stages["draft"]
+        plan, scope = self.drafting.choice(batch.num_reqs)
         for index in range(1, batch.num_drafts):
             positions = positions + 1
             sequences = self._next_sequences(batch, positions)
             ids = self.draft_tokens[: batch.num_reqs, index - 1]
             attention = PagedPass(self.pages, sequences)
-            hidden = self.model(ids, self.drafting.plan, self.drafting.scope, attention)
+            hidden = self.model(ids, plan, scope, attention)
             self._sample(index, hidden, positions, batch)
         self.draft_tokens[: batch.num_reqs, batch.num_drafts :] = FILLER
         return self.draft_tokens[: batch.num_reqs]
@@ -144,17 +157,18 @@ class EasySpecSpeculator(DraftModelSpeculator):
             self._count_calibrated(step, batch)
         if self.drafting.calibration == "every_round" or batch.prefilling.all():
             return step, self._calibration_pass(step, self.precise)
+        choice = self.drafting.choice(batch.num_reqs)
         if not batch.prefilling.any():
-            return step, self._calibration_pass(step, self.drafting.plan)
+            return step, self._calibration_pass(step, *choice)
         # Ablation, mixed batch: prompts are read precisely, generated tokens keep fuzzy K/V.
         precise = self._calibration_pass(self.calibration.only(step, batch, prefilling=True), self.precise)
-        fuzzy = self._calibration_pass(self.calibration.only(step, batch, prefilling=False), self.drafting.plan)
+        fuzzy = self._calibration_pass(self.calibration.only(step, batch, prefilling=False), *choice)
         prefilling = torch.from_numpy(batch.prefilling).to(self.device)
         return step, torch.where(prefilling.unsqueeze(1), precise, fuzzy)
 
-    def _calibration_pass(self, step: CalibrationStep, plan: LayerPlan) -> torch.Tensor:
+    def _calibration_pass(self, step: CalibrationStep, plan: LayerPlan, scope: Scope = "attention") -> torch.Tensor:
         attention = PagedPass(self.pages, step.sequences)
-        return self.model(step.input_ids, plan, self.drafting.scope, attention)[step.newest_rows]
+        return self.model(step.input_ids, plan, scope, attention)[step.newest_rows]
 
     def _next_sequences(self, batch: DraftBatch, positions: torch.Tensor) -> Sequences:
         """A fuzzy step: one token a request at `positions` (`[reqs] int64`)."""
@@ -193,7 +207,7 @@ class EasySpecSpeculator(DraftModelSpeculator):
     # ---- counting ----
 
     def _count(self, input_batch: InputBatch, batch: DraftBatch) -> None:
-        self.statistics.rounds += 1
+        self.statistics.count_round(batch.num_drafts, *self.drafting.choice(batch.num_reqs))
         if input_batch.num_draft_tokens_per_req is not None:
             tested = (input_batch.num_draft_tokens_per_req[: batch.num_reqs] > 0) & ~batch.prefilling
             self.statistics.count_verdict(torch.from_numpy(tested).to(self.device), batch.num_valid - 1)
@@ -218,9 +232,16 @@ class EasySpecSpeculator(DraftModelSpeculator):
         group_sizes: list[int] | None = None,
         num_drafts: int | None = None,
         calibration: str | None = None,
+        restore: bool = False,
     ) -> None:
-        """Swap what is given, from the next round on. Raises ValueError for what the drafter can't do."""
+        """Swap what is given, from the next round on. Raises ValueError for what the drafter can't do.
+
+        A scope or a plan holds for all batch sizes, whatever `by_batch_size` says; restore: first take up the
+        configuration again.
+        """
         changes: dict[str, Any] = {}
+        if scope is not None or group_sizes is not None:
+            changes["by_batch_size"] = ()
         if scope is not None:
             changes["scope"] = one_of("scope", scope, SCOPES)
         if calibration is not None:
@@ -230,7 +251,7 @@ class EasySpecSpeculator(DraftModelSpeculator):
         if num_drafts is not None:
             one_of("num_speculative_tokens", num_drafts, range(1, self.num_speculative_steps + 1))
             changes["num_drafts"] = num_drafts
-        self.drafting = dataclasses.replace(self.drafting, **changes)
+        self.drafting = dataclasses.replace(self.configured if restore else self.drafting, **changes)
         if self.draft_logits is not None:
             self.draft_logits[:, self.drafting.num_drafts :] = self.filler_logits
         self.statistics.reset()
@@ -306,8 +327,12 @@ class EasySpecSpeculator(DraftModelSpeculator):
         """This rank's plan, layers and memory, for the log."""
         model, pages = self.model, self.pages
         cache_bytes = sum(layer.kv_cache.nbytes for layer in pages.layers)
+        table = "".join(
+            f"{plan} ({scope} scope) {f'up to batch size {up_to}' if up_to else 'beyond'}, "
+            for up_to, plan, scope in self.drafting.by_batch_size
+        )
         return (
-            f"rank {model.rank} of {model.num_ranks}: plan {self.drafting.plan} ({self.drafting.scope} scope), "
+            f"rank {model.rank} of {model.num_ranks}: plan {table}{self.drafting.plan} ({self.drafting.scope} scope), "
             f"K={self.drafting.num_drafts}, attention and pages of layers {list(model.local_layers)} here, "
             f"MLPs: {model.mlp.value}, weights {model.weight_bytes():,} bytes, K/V pages {cache_bytes:,} bytes "
             f"({cache_bytes // (pages.num_blocks * pages.block_size):,} a token)"

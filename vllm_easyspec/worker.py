@@ -62,6 +62,10 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
             "rank": self.speculator.model.rank,
             "scope": drafting.scope,
             "group_sizes": list(drafting.plan.group_sizes),
+            "by_batch_size": [
+                {"up_to": up_to, "scope": scope, "group_sizes": list(plan.group_sizes)}
+                for up_to, plan, scope in drafting.by_batch_size
+            ],
             "num_speculative_tokens": drafting.num_drafts,
             "calibration": drafting.calibration,
         }
@@ -75,9 +79,13 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
         group_sizes: list[int] | None = None,
         num_speculative_tokens: int | None = None,
         calibration: str | None = None,
+        restore: bool = False,
     ) -> dict:
-        """Swap scope, plan, K (up to the configured one) or calibration from the next round on; resets the counters."""
-        self.speculator.configure(scope, group_sizes, num_speculative_tokens, calibration)
+        """Swap scope, plan, K (up to the configured one) or calibration from the next round on; resets the counters.
+
+        A scope or a plan holds for all batch sizes; `restore` takes up the configuration again, its table included.
+        """
+        self.speculator.configure(scope, group_sizes, num_speculative_tokens, calibration, restore)
         return self.easyspec_stats()
 
     def easyspec_audit(self) -> list[dict]:
