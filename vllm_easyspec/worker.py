@@ -6,12 +6,15 @@ The RPCs are reached by `LLM.collective_rpc("easyspec_stats")` and the like; eac
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_easyspec.audit import audit
+from vllm_easyspec.drafter.plan import Scope
 from vllm_easyspec.lora import VerifyingLoraState
 from vllm_easyspec.speculator import EasySpecSpeculator
+from vllm_easyspec.tune.fidelity import group_costs
 
 logger = init_logger("vllm.easyspec")
 
@@ -87,6 +90,11 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
         """
         self.speculator.configure(scope, group_sizes, num_speculative_tokens, calibration, restore)
         return self.easyspec_stats()
+
+    def easyspec_group_costs(self, token_ids: list[int], scope: Scope, max_size: int) -> list[tuple[int, int, float]]:
+        """What each group of 2 to `max_size` layers loses on a prompt: first layer, size, score (tune/fidelity.py)."""
+        ids = torch.tensor(token_ids, device=self.device)
+        return group_costs(self.speculator.model, ids, scope, max_size)
 
     def easyspec_audit(self) -> list[dict]:
         """Largest difference between this rank's drafter pages and a precise recomputation, for each live request."""

@@ -1,0 +1,363 @@
+"""`vllm-easyspec tune`: measure, search, confirm, compare.
+
+1. *score*: what each group of layers loses (`fidelity.py`), and from it the best plan for each number of sequential
+   steps (`planner.py`), in both scopes.
+2. *acceptance*: the most promising plans answer all prompts at the largest K; acceptance by position says what any
+   smaller K would yield.
+3. *times*: requests in flight, plans and K taking turns: calibrate, fuzzy step and verify at each batch size.
+4. *confirm*: the points that 2 and 3 predict to be fastest, the untuned configuration and K = 0 draft for the same
+   prompts in turn, each at its own K. The fastest is chosen for each batch size.
+5. *compare*: the tuned configuration as it is served, the untuned one, vLLM's `draft_model` and no speculation, each in
+   an engine of its own.
+
+What was measured when time runs out, or when the user interrupts, is used as it is.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+
+from vllm_easyspec import support
+from vllm_easyspec.config import ConfigError, EasySpecConfig, load
+from vllm_easyspec.drafter.plan import SCOPES, LayerPlan
+from vllm_easyspec.tune.engine import WARM_ROUNDS, Engine, Prompt, TunedEngine, Window, changed, running
+from vllm_easyspec.tune.planner import (
+    Point,
+    Range,
+    ScopedPlan,
+    StageTimes,
+    best_plans,
+    choose,
+    most_promising,
+    plan_cost,
+    predicted_rate,
+    ranges,
+)
+from vllm_easyspec.tune.progress import Progress
+
+SCORED_PROMPTS, SCORED_TOKENS = 8, 128
+CONFIRMED = 3  # points of each batch size, beside the untuned one and K = 0
+TOLERANCE = 0.02  # of a rate; turns of one point differ by about as much
+BASELINES = ("untuned", "draft_model", "none")
+
+
+@dataclass(frozen=True)
+class Settings:
+    config: Path
+    prompts: list[Prompt]
+    batch_sizes: list[int]  # ascending
+    most_drafts: int | None = None  # the largest K tried; by itself the configuration's, or 8 if that is less
+    most_plans: int = 12  # whose acceptance is measured, beside the untuned and the precise plan
+    largest_group: int = 8
+    new_tokens: int = 64  # answered to each prompt where acceptance is measured
+    rounds: int = 8  # of a plan or K at a time
+    turns: int = 3
+    temperature: float = 0.0
+    time_budget: float | None = None  # seconds
+    by_wall: bool | None = None  # rates by wall-clock; by itself only where vLLM's kernels are not interpreted
+    baselines: tuple[str, ...] = BASELINES
+
+
+@dataclass
+class Confirmed:
+    """What a point did in flight: medians over turns."""
+
+    stage_rate: float  # tokens a second of the stages' time alone
+    wall_rate: float  # tokens a second
+    tokens_a_round: float  # of one request
+    stage_ms: dict[str, float]
+    wall_ms: float  # of a round
+
+
+@dataclass
+class Findings:
+    """All that was measured, as far as it went."""
+
+    num_layers: int
+    untuned: dict[int, Point]  # by batch size
+    by_wall: bool  # whether choices rest on wall-clock rates, or on those of the stages alone
+    costs: dict[ScopedPlan, float] = field(default_factory=dict)  # the scores of the searched plans
+    acceptance: dict[ScopedPlan, list[float]] = field(default_factory=dict)  # by position
+    same_answers: bool | None = None  # of all plans, token for token; None where answers are sampled
+    times: dict[int, StageTimes] = field(default_factory=dict)  # by batch size
+    confirmed: dict[int, dict[Point, Confirmed]] = field(default_factory=dict)  # by batch size
+    baselines: dict[str, dict[int, float]] = field(default_factory=dict)  # by batch size: tokens a second, wall-clock
+    failed: dict[str, str] = field(default_factory=dict)  # baselines whose engine did not start, and why
+    unfinished: list[str] = field(default_factory=list)
+
+    def predicted(self, batch_size: int) -> dict[Point, float]:
+        """Tokens a second of every plan whose acceptance and time are known, at every K."""
+        times = self.times[batch_size]
+        return {
+            point: predicted_rate(point, batch_size, times, self.acceptance, self.by_wall)
+            for plan, acceptance in self.acceptance.items()
+            if plan in times.step
+            for point in (Point(plan, k) for k in range(len(acceptance) + 1))
+        }
+
+    def rates(self, batch_size: int) -> dict[Point, float]:
+        """Tokens a second that the choice rests on: confirmed where that came about, else predicted."""
+        confirmed = self.confirmed.get(batch_size)
+        if not confirmed:
+            return self.predicted(batch_size)
+        return {point: seen.wall_rate if self.by_wall else seen.stage_rate for point, seen in confirmed.items()}
+
+    def chosen(self) -> dict[int, Point]:
+        return choose({size: self.rates(size) for size in self.times}, TOLERANCE)
+
+    def ranges(self) -> list[Range]:
+        return ranges(self.chosen())
+
+
+class Tuner:
+    def __init__(self, engine_args: EngineArgs, settings: Settings):
+        """engine_args: the target and whatever else vLLM is to be told, without a speculative configuration.
+
+        Raises `ConfigError` for a configuration that can't be used.
+        """
+        self.settings = settings
+        self.config = EasySpecConfig.parse(settings.config)
+        self.config.check_model()
+        self.most_drafts = settings.most_drafts or max(8, self.config.num_speculative_tokens)
+        if self.most_drafts < 2:
+            raise ConfigError(f"max_drafts={self.most_drafts} leaves nothing to tune. Give at least 2")
+        shape = support.read_drafter(self.config.model, self.config.revision, self.config.code_revision)
+        untuned = {size: self._configured(size, shape.num_layers) for size in settings.batch_sizes}
+        by_wall = settings.by_wall if settings.by_wall is not None else not current_platform.is_cpu()
+        self.found = Findings(shape.num_layers, untuned, by_wall)
+        # Each K must be some batch size's, see `TunedEngine`.
+        largest = max(*settings.batch_sizes, self.most_drafts + 1)
+        self.engine_args = changed(engine_args, max_num_seqs=largest, disable_log_stats=True)
+        self.progress = Progress(settings.time_budget)
+        self.found.unfinished = self.progress.unfinished
+
+    def _configured(self, batch_size: int, num_layers: int) -> Point:
+        """What the untuned configuration does at a batch size."""
+        layer_parallel, k = self.config.layer_parallel, self.config.num_speculative_tokens
+        plan, scope = layer_parallel.plan(num_layers), layer_parallel.scope
+        for up_to, *entry in reversed(layer_parallel.plan_table(num_layers)):
+            if up_to is None or batch_size <= up_to:
+                plan, scope = entry  # type: ignore[assignment]
+        for first, _, drafts in sorted(self.config.num_speculative_tokens_per_batch_size or []):
+            if first <= batch_size:
+                k = min(drafts, self.config.num_speculative_tokens)
+        return Point(ScopedPlan(plan, scope), min(k, self.most_drafts))
+
+    # ---- the phases ----
+
+    def tune(self) -> Findings:
+        """Phases 1 to 4. Ends early where time runs out or the user interrupts; `Findings.unfinished` says where."""
+        config = load(self.settings.config) | {"num_speculative_tokens": self.most_drafts}
+        try:
+            with running(TunedEngine(changed(self.engine_args, speculative_config=config))) as engine:
+                self.start_seconds = self.progress.now() - self.progress.began
+                self._check_room(engine.llm.model_config.max_model_len)
+                self._measure_acceptance(engine, self._search(engine))
+                self._measure_times(engine)
+                self._confirm(engine)
+        except KeyboardInterrupt:
+            self.progress.interrupt()
+        if not self.found.times:
+            raise ConfigError(f"nothing to choose from was measured ({'; '.join(self.found.unfinished)})")
+        return self.found
+
+    def compare(self, tuned: Path) -> None:
+        """Phase 5, with the tuned configuration in the file `tuned`."""
+        speculative: dict[str, Any] = {
+            "tuned": load(tuned),
+            "untuned": load(self.settings.config),
+            "draft_model": _plain_draft_model(self.config),
+            "none": None,
+        }
+        arms = [name for name in speculative if name == "tuned" or name in self.settings.baselines]
+        if not self.settings.baselines or self.progress.interrupted:
+            return
+        try:
+            for name in self.progress.within("compare", arms, 0, 1.2 * self.start_seconds):
+                self._run_arm(name, speculative[name])
+        except KeyboardInterrupt:
+            self.progress.interrupt()
+
+    def _check_room(self, max_model_len: int) -> None:
+        prompt = max(len(prompt["prompt_token_ids"]) for prompt in self.settings.prompts)
+        needed = prompt + max(self._flight_params().max_tokens, self.settings.new_tokens)
+        if needed > max_model_len:
+            raise ConfigError(
+                f"max_model_len={max_model_len} is too short for prompts of up to {prompt} tokens and the rounds after "
+                f"them: {needed} are needed. Give a longer one, or less prompt_tokens, rounds or batch sizes"
+            )
+
+    def _search(self, engine: TunedEngine) -> list[ScopedPlan]:
+        """The untuned plans, the precise one, and the best for each number of steps, the most promising first."""
+        sums: dict[Any, dict[tuple[int, int], float]] = {scope: defaultdict(float) for scope in SCOPES}
+        prompts = [prompt["prompt_token_ids"][:SCORED_TOKENS] for prompt in self.settings.prompts[:SCORED_PROMPTS]]
+        largest, scored = min(self.settings.largest_group, self.found.num_layers), 0
+        for ids in self.progress.within("score", prompts):
+            for scope in SCOPES:
+                for start, size, cost in engine.rpc("easyspec_group_costs", ids, scope, largest):
+                    sums[scope][start, size] += cost
+            scored += 1
+        for scope in SCOPES:
+            costs = {group: total / scored for group, total in sums[scope].items()}
+            for plan in best_plans(self.found.num_layers, costs):
+                if not plan.is_precise:
+                    self.found.costs[ScopedPlan(plan, scope)] = plan_cost(plan, costs)
+        precise = ScopedPlan(LayerPlan.precise(self.found.num_layers), "attention")
+        searched = most_promising(list(self.found.costs), self.found.costs, self.settings.most_plans)
+        return list(dict.fromkeys([*(point.plan for point in self.found.untuned.values()), precise, *searched]))
+
+    def _measure_acceptance(self, engine: TunedEngine, plans: list[ScopedPlan]) -> None:
+        expected = None
+        for plan in self.progress.within("acceptance", plans):
+            engine.use(Point(plan, self.most_drafts))
+            answers = engine.answer(self.settings.prompts, self._params(self.settings.new_tokens))
+            self.found.acceptance[plan] = engine.rpc("easyspec_stats")["acceptance"]
+            if self.settings.temperature == 0:
+                expected = expected or answers
+                self.found.same_answers = answers == expected and self.found.same_answers is not False
+
+    def _measure_times(self, engine: TunedEngine) -> None:
+        most = self.most_drafts
+        plans = list(self.found.acceptance)
+        points = [Point(plan, most) for plan in plans]
+        points += [Point(plans[0], k) for k in sorted({0, 1, 2, most // 2} - {most})]
+        seen: dict[tuple[int, Point], list[dict[str, float]]] = defaultdict(list)
+        sweeps = [(turn, size) for turn in range(self.settings.turns) for size in self.settings.batch_sizes]
+        for turn, size in self.progress.within("times", sweeps):
+            engine.land()
+            for point in _in_turn(points, turn):
+                self._make_room(engine, size, turn)
+                window, stats = engine.measure(point, self.settings.rounds)
+                stages = _stages(stats)
+                seen[size, point].append(stages | {"other": _wall_ms(window) - sum(stages.values())})
+            self.found.times[size] = _stage_times({point: seen[size, point] for point in points}, most)
+
+    def _confirm(self, engine: TunedEngine) -> None:
+        points = self._worth_confirming()
+        seen: dict[tuple[int, Point], list[Confirmed]] = defaultdict(list)
+        flights = [(turn, size) for turn in range(self.settings.turns) for size in self.found.times]
+        for turn, size in self.progress.within("confirm", flights):
+            for point in _in_turn(points[size], turn):
+                engine.take_off(self._batch(size, turn), self._flight_params())
+                seen[size, point].append(_confirmed(size, *engine.measure(point, 2 * self.settings.rounds)))
+            self.found.confirmed[size] = {point: _median(seen[size, point]) for point in points[size]}
+
+    def _worth_confirming(self) -> dict[int, list[Point]]:
+        """By batch size: the points predicted to be fastest, the smaller size's best, the untuned one and K = 0."""
+        points: dict[int, list[Point]] = {}
+        neighbours: list[Point] = []
+        for size in self.found.times:
+            rates = self.found.predicted(size)
+            fastest = sorted((p for p in rates if p.num_drafts), key=lambda point: rates[point], reverse=True)
+            untuned = self.found.untuned[size]
+            points[size] = list(dict.fromkeys([*fastest[:CONFIRMED], *neighbours, untuned, Point(untuned.plan, 0)]))
+            neighbours = fastest[:1]
+        return points
+
+    def _run_arm(self, name: str, speculative_config: dict[str, Any] | None) -> None:
+        """Tokens a second at each batch size of an engine of its own."""
+        rates: dict[int, list[float]] = defaultdict(list)
+        try:
+            arm = Engine(changed(self.engine_args, speculative_config=speculative_config), in_process=False)
+        except (RuntimeError, ValueError) as error:
+            self.found.failed[name] = str(error).splitlines()[0]
+            return
+        with running(arm) as engine:
+            for turn in range(self.settings.turns):
+                for size in self.found.times:
+                    engine.take_off(self._batch(size, turn), self._flight_params())
+                    engine.fly(WARM_ROUNDS)
+                    window = engine.fly(2 * self.settings.rounds)
+                    rates[size].append(window.tokens / window.seconds)
+        self.found.baselines[name] = {size: median(seen) for size, seen in rates.items()}
+
+    # ---- requests ----
+
+    def _batch(self, size: int, turn: int) -> list[Prompt]:
+        """`size` prompts, others each turn; from the start again where they run out."""
+        prompts = self.settings.prompts
+        return [prompts[(turn * size + index) % len(prompts)] for index in range(size)]
+
+    def _params(self, max_tokens: int) -> SamplingParams:
+        return SamplingParams(
+            temperature=self.settings.temperature, max_tokens=max_tokens, ignore_eos=True, detokenize=False
+        )
+
+    def _flight_params(self) -> SamplingParams:
+        """Of a request that outlives all rounds of a flight; the first to be read waits for the last."""
+        rounds = max(self.settings.batch_sizes) + WARM_ROUNDS + 2 * self.settings.rounds
+        return self._params(1 + rounds * (self.most_drafts + 1))
+
+    def _make_room(self, engine: TunedEngine, size: int, turn: int) -> None:
+        """Put requests in flight where none are, or where one could end within the next measurement."""
+        params = self._flight_params()
+        next_takes = (WARM_ROUNDS + self.settings.rounds) * (self.most_drafts + 1)
+        if not engine.generated or max(engine.generated.values()) + next_takes >= params.max_tokens:
+            engine.take_off(self._batch(size, turn), params)
+
+
+def _plain_draft_model(config: EasySpecConfig) -> dict[str, Any]:
+    """vLLM's own draft model method with the same drafter and K."""
+    fields = config.to_vllm()[0]
+    del fields["draft_tensor_parallel_size"]
+    return fields
+
+
+def _in_turn(points: Sequence[Point], turn: int) -> Sequence[Point]:
+    """Every other turn goes the other way, so that drift meets all alike."""
+    return points if turn % 2 == 0 else list(reversed(points))
+
+
+def _stages(stats: dict[str, Any]) -> dict[str, float]:
+    """Median milliseconds of a round's stages; 0 for one that did not run."""
+    return {stage: took or 0.0 for stage, took in stats["stage_ms"].items()}
+
+
+def _wall_ms(window: Window) -> float:
+    return 1e3 * window.seconds / window.rounds
+
+
+def _stage_times(seen: dict[Point, list[dict[str, float]]], most_drafts: int) -> StageTimes:
+    """Medians over turns. By K, the times of the points with the first plan; a step's, those at the largest K."""
+    typical = {point: {key: median(one[key] for one in turns) for key in turns[0]} for point, turns in seen.items()}
+    first = next(iter(seen)).plan
+    by_k = {point.num_drafts: took for point, took in typical.items() if point.plan == first}
+    return StageTimes(
+        calibrate={k: took["calibrate"] for k, took in by_k.items()},
+        verify={k: took["verify"] for k, took in by_k.items()},
+        step={
+            point.plan: took["draft"] / (most_drafts - 1)
+            for point, took in typical.items()
+            if point.num_drafts == most_drafts
+        },
+        other=median(took["other"] for took in typical.values()),
+    )
+
+
+def _confirmed(size: int, window: Window, stats: dict[str, Any]) -> Confirmed:
+    stages = _stages(stats)
+    tokens = stats["tokens_a_round"] or 1.0
+    return Confirmed(
+        stage_rate=1e3 * size * tokens / sum(stages.values()),
+        wall_rate=window.tokens / window.seconds,
+        tokens_a_round=tokens,
+        stage_ms=stages,
+        wall_ms=_wall_ms(window),
+    )
+
+
+def _median(turns: Sequence[Confirmed]) -> Confirmed:
+    return Confirmed(
+        stage_rate=median(turn.stage_rate for turn in turns),
+        wall_rate=median(turn.wall_rate for turn in turns),
+        tokens_a_round=sum(turn.tokens_a_round for turn in turns) / len(turns),
+        stage_ms={stage: median(turn.stage_ms[stage] for turn in turns) for stage in turns[0].stage_ms},
+        wall_ms=median(turn.wall_ms for turn in turns),
+    )
