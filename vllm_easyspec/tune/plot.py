@@ -17,6 +17,7 @@ class Mark:
     y: float
     label: str  # shown by the browser when the pointer rests on it
     ringed: bool = False
+    note: str = ""  # written above it
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ def scatter(title: str, x_label: str, y_label: str, series: Sequence[Series], fr
             x, y = x_of(mark.x), y_of(mark.y)
             if mark.ringed:
                 parts.append(f'<circle cx="{x}" cy="{y}" r="9" fill="none" stroke="#111" stroke-width="1.6"/>')
+            if mark.note:
+                parts.append(_text(x, y - 12, mark.note, "tick", "middle"))
             tip = f"<title>{escape(mark.label)}</title>"
             parts.append(f'<circle cx="{x}" cy="{y}" r="4.5" fill="{one.colour}" fill-opacity="0.85">{tip}</circle>')
     middle = (LEFT + WIDTH - RIGHT) / 2

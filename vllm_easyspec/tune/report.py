@@ -11,6 +11,8 @@ from vllm_easyspec.tune.tuner import Findings
 SCOPE_COLOURS = {"precise": "#555555", "attention": "#2f6db3", "block": "#d97a1f"}
 STAGE_COLOURS = {"calibrate": "#6aa84f", "draft": "#d97a1f", "verify": "#2f6db3", "outside": "#bbbbbb"}
 ARM_COLOURS = {"tuned": "#c0392b", "untuned": "#2f6db3", "draft_model": "#6aa84f", "none": "#555555"}
+# The browser itself is told to fetch and run nothing.
+POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 1000px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
@@ -38,7 +40,7 @@ def html_report(found: Findings, run: dict[str, Any], tuned: str) -> str:
     parts += ["<h2>The configuration</h2>", f"<pre>{escape(tuned)}</pre>"]
     body = "\n".join(parts)
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>easyspec tuning</title>'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{POLICY}<title>easyspec tuning</title>'
         f"<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
     )
 
@@ -64,9 +66,9 @@ def _how_measured(found: Findings) -> str:
         None: "",
     }[found.same_answers]
     return (
-        f"<p>{rates} Plots of plans show predictions: acceptance by position at the largest K, and stage times. The "
-        "table shows what then ran in the engine at its own plan and K, on the same prompts in turn (predictions where "
-        f"time was too short).{answers}</p>"
+        f"<p>{rates} The table shows what ran in the engine at its own plan and K, on the same prompts in turn "
+        "(predictions where time was too short). The plots of plans show predictions at each plan's best K, from "
+        f"acceptance by position at the largest K and from stage times; the chosen plans are ringed.{answers}</p>"
     )
 
 
@@ -107,9 +109,10 @@ def _by_family(found: Findings, marks: dict[ScopedPlan, Mark]) -> list[Series]:
 def _plan_plots(found: Findings) -> Iterable[str]:
     chosen = found.chosen()
     plans = {point.plan for point in chosen.values() if point.num_drafts}
+    untuned = {point.plan for point in found.untuned.values()}
     drafts = max(len(acceptance) for acceptance in found.acceptance.values())
     marks = {
-        plan: Mark(plan.steps, sum(acceptance) / drafts, f"{plan}: {sum(acceptance) / drafts:.3f}", plan in plans)
+        plan: _mark(plan, sum(acceptance) / drafts, f"{sum(acceptance) / drafts:.3f}", plan in plans, plan in untuned)
         for plan, acceptance in found.acceptance.items()
     }
     title = f"Acceptance, mean of positions 1 to {drafts}"
@@ -120,11 +123,15 @@ def _plan_plots(found: Findings) -> Iterable[str]:
             if point.num_drafts:
                 best[point.plan] = max(best.get(point.plan, (0.0, 0)), (rate, point.num_drafts))
         marks = {
-            plan: Mark(plan.steps, rate, f"{plan}, K={k}: {rate:.1f} tokens/s", plan == chosen[size].plan)
+            plan: _mark(plan, rate, f"K={k}, {rate:.1f} tokens/s", plan == chosen[size].plan, plan in untuned)
             for plan, (rate, k) in best.items()
         }
-        title = f"Tokens a second at batch size {size}, best K of each plan"
+        title = f"Tokens a second, batch size {size}"
         yield scatter(title, "sequential steps of a fuzzy step", "tokens a second", _by_family(found, marks))
+
+
+def _mark(plan: ScopedPlan, y: float, figures: str, chosen: bool, untuned: bool) -> Mark:
+    return Mark(plan.steps, y, f"{plan}: {figures}", chosen, "untuned" if untuned else "")
 
 
 def _plans_table(found: Findings) -> str:
