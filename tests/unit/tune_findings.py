@@ -53,6 +53,5 @@ def confirmed(found: Findings, size: int, point: Point) -> Confirmed:
     rate = predicted_rate(point, size, found.times[size], found.acceptance, False) * (1.01 if size == 4 else 0.99)
     tokens = tokens_a_round(found.acceptance[point.plan], point.num_drafts)
     stages = found.times[size].round_ms(point, False)
-    return Confirmed(
-        rate, 0.7 * rate, tokens, dict(calibrate=stages / 4, draft=stages / 2, verify=stages / 4), stages + 6
-    )
+    split = dict(calibrate=stages / 4, draft=stages / 2, verify=stages / 4)
+    return Confirmed(tokens, split, stages + 6, stage_rate=rate, wall_rate=0.7 * rate)

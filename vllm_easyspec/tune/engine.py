@@ -124,11 +124,18 @@ class TunedEngine(Engine):
         self.rpc("easyspec_configure", scope=point.plan.scope, group_sizes=sizes)
 
     def measure(self, point: Point, rounds: int) -> tuple[Window, dict[str, Any]]:
-        """`rounds` of the requests in flight under `point`, and rank 0's counters of them."""
+        """`rounds` of the requests in flight under `point`, and rank 0's counters of them.
+
+        Raises RuntimeError where vLLM's scheduler did not take the K that it was given.
+        """
         self.use(point)
         self.fly(WARM_ROUNDS)
         self.rpc("easyspec_stats", reset=True)
-        return self.fly(rounds), self.rpc("easyspec_stats")
+        window, stats = self.fly(rounds), self.rpc("easyspec_stats")
+        drafted = {row["num_speculative_tokens"] for row in stats["rounds_by_plan"]}
+        if drafted != {point.num_drafts}:
+            raise RuntimeError(f"rounds were to draft {point.num_drafts} tokens, and drafted {sorted(drafted)}")
+        return window, stats
 
 
 @contextmanager

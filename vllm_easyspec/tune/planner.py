@@ -40,7 +40,7 @@ class Point:
     num_drafts: int
 
     def __str__(self) -> str:
-        return f"{self.plan}, K={self.num_drafts}" if self.num_drafts else "K=0"
+        return f"{self.plan}, K={self.num_drafts}" if self.num_drafts > 1 else f"K={self.num_drafts}"
 
 
 @dataclass

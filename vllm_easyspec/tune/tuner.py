@@ -44,7 +44,8 @@ from vllm_easyspec.tune.progress import Progress
 
 SCORED_PROMPTS, SCORED_TOKENS = 8, 128
 CONFIRMED = 3  # points of each batch size, beside the untuned one and K = 0
-TOLERANCE = 0.02  # of a rate; turns of one point differ by about as much
+REQUEST_ROUNDS = 240  # of a point in a turn of phases 4 and 5: tokens a round then vary by some 4 percent between turns
+TOLERANCE = 0.02  # of a rate: so much is noise
 BASELINES = ("untuned", "draft_model", "none")
 
 
@@ -67,13 +68,13 @@ class Settings:
 
 @dataclass
 class Confirmed:
-    """What a point did in flight: medians over turns."""
+    """What a point did in flight, over all turns."""
 
+    tokens_a_round: float  # of one request, mean
+    stage_ms: dict[str, float]  # medians
+    wall_ms: float  # of a round, median
     stage_rate: float  # tokens a second of the stages' time alone
     wall_rate: float  # tokens a second
-    tokens_a_round: float  # of one request
-    stage_ms: dict[str, float]
-    wall_ms: float  # of a round
 
 
 @dataclass
@@ -93,13 +94,17 @@ class Findings:
     unfinished: list[str] = field(default_factory=list)
 
     def predicted(self, batch_size: int) -> dict[Point, float]:
-        """Tokens a second of every plan whose acceptance and time are known, at every K."""
+        """Tokens a second of every plan whose acceptance and time are known, at every K.
+
+        Up to K = 1 there is no fuzzy step, and plans don't differ: one stands for all.
+        """
         times = self.times[batch_size]
+        untuned = self.untuned[batch_size].plan
         return {
             point: predicted_rate(point, batch_size, times, self.acceptance, self.by_wall)
             for plan, acceptance in self.acceptance.items()
             if plan in times.step
-            for point in (Point(plan, k) for k in range(len(acceptance) + 1))
+            for point in (Point(plan, k) for k in range(0 if plan == untuned else 2, len(acceptance) + 1))
         }
 
     def rates(self, batch_size: int) -> dict[Point, float]:
@@ -134,7 +139,7 @@ class Tuner:
         self.found = Findings(shape.num_layers, untuned, by_wall)
         # Each K must be some batch size's, see `TunedEngine`.
         largest = max(*settings.batch_sizes, self.most_drafts + 1)
-        self.engine_args = changed(engine_args, max_num_seqs=largest, disable_log_stats=True)
+        self.engine_args = changed(engine_args, max_num_seqs=largest, disable_log_stats=True, use_tqdm_on_load=False)
         self.progress = Progress(settings.time_budget)
         self.found.unfinished = self.progress.unfinished
 
@@ -241,13 +246,15 @@ class Tuner:
 
     def _confirm(self, engine: TunedEngine) -> None:
         points = self._worth_confirming()
-        seen: dict[tuple[int, Point], list[Confirmed]] = defaultdict(list)
-        flights = [(turn, size) for turn in range(self.settings.turns) for size in self.found.times]
-        for turn, size in self.progress.within("confirm", flights):
-            for point in _in_turn(points[size], turn):
-                engine.take_off(self._batch(size, turn), self._flight_params())
-                seen[size, point].append(_confirmed(size, *engine.measure(point, 2 * self.settings.rounds)))
-            self.found.confirmed[size] = {point: _median(seen[size, point]) for point in points[size]}
+        seen: dict[tuple[int, Point], list[tuple[Window, dict[str, float]]]] = defaultdict(list)
+        turns = [(turn, size) for turn in range(self.settings.turns) for size in self.found.times]
+        for turn, size in self.progress.within("confirm", turns):
+            for flight in self._flights(size, turn):
+                for point in _in_turn(points[size], flight):
+                    engine.take_off(self._batch(size, flight), self._flight_params())
+                    window, stats = engine.measure(point, 2 * self.settings.rounds)
+                    seen[size, point].append((window, _stages(stats)))
+            self.found.confirmed[size] = {point: _confirmed(size, seen[size, point]) for point in points[size]}
 
     def _worth_confirming(self) -> dict[int, list[Point]]:
         """By batch size: the points predicted to be fastest, the smaller size's best, the untuned one and K = 0."""
@@ -263,7 +270,7 @@ class Tuner:
 
     def _run_arm(self, name: str, speculative_config: dict[str, Any] | None) -> None:
         """Tokens a second at each batch size of an engine of its own."""
-        rates: dict[int, list[float]] = defaultdict(list)
+        windows: dict[int, list[Window]] = defaultdict(list)
         try:
             arm = Engine(changed(self.engine_args, speculative_config=speculative_config), in_process=False)
         except (RuntimeError, ValueError) as error:
@@ -272,18 +279,26 @@ class Tuner:
         with running(arm) as engine:
             for turn in range(self.settings.turns):
                 for size in self.found.times:
-                    engine.take_off(self._batch(size, turn), self._flight_params())
-                    engine.fly(WARM_ROUNDS)
-                    window = engine.fly(2 * self.settings.rounds)
-                    rates[size].append(window.tokens / window.seconds)
-        self.found.baselines[name] = {size: median(seen) for size, seen in rates.items()}
+                    for flight in self._flights(size, turn):
+                        engine.take_off(self._batch(size, flight), self._flight_params())
+                        engine.fly(WARM_ROUNDS)
+                        windows[size].append(engine.fly(2 * self.settings.rounds))
+        self.found.baselines[name] = {
+            size: 1e3 * size * _tokens_a_round(size, seen) / median(map(_wall_ms, seen))
+            for size, seen in windows.items()
+        }
 
     # ---- requests ----
 
-    def _batch(self, size: int, turn: int) -> list[Prompt]:
-        """`size` prompts, others each turn; from the start again where they run out."""
+    def _batch(self, size: int, flight: int) -> list[Prompt]:
+        """`size` prompts, others each flight; from the start again where they run out."""
         prompts = self.settings.prompts
-        return [prompts[(turn * size + index) % len(prompts)] for index in range(size)]
+        return [prompts[(flight * size + index) % len(prompts)] for index in range(size)]
+
+    def _flights(self, size: int, turn: int) -> range:
+        """Enough flights of `size` requests for `REQUEST_ROUNDS`: those of this turn."""
+        count = -(-REQUEST_ROUNDS // (2 * self.settings.rounds * size))
+        return range(turn * count, (turn + 1) * count)
 
     def _params(self, max_tokens: int) -> SamplingParams:
         return SamplingParams(
@@ -341,23 +356,18 @@ def _stage_times(seen: dict[Point, list[dict[str, float]]], most_drafts: int) ->
     )
 
 
-def _confirmed(size: int, window: Window, stats: dict[str, Any]) -> Confirmed:
-    stages = _stages(stats)
-    tokens = stats["tokens_a_round"] or 1.0
+def _tokens_a_round(size: int, windows: Sequence[Window]) -> float:
+    return sum(window.tokens for window in windows) / sum(size * window.rounds for window in windows)
+
+
+def _confirmed(size: int, seen: Sequence[tuple[Window, dict[str, float]]]) -> Confirmed:
+    windows = [window for window, _ in seen]
+    tokens, wall_ms = _tokens_a_round(size, windows), median(map(_wall_ms, windows))
+    stage_ms = {stage: median(stages[stage] for _, stages in seen) for stage in seen[0][1]}
     return Confirmed(
-        stage_rate=1e3 * size * tokens / sum(stages.values()),
-        wall_rate=window.tokens / window.seconds,
         tokens_a_round=tokens,
-        stage_ms=stages,
-        wall_ms=_wall_ms(window),
-    )
-
-
-def _median(turns: Sequence[Confirmed]) -> Confirmed:
-    return Confirmed(
-        stage_rate=median(turn.stage_rate for turn in turns),
-        wall_rate=median(turn.wall_rate for turn in turns),
-        tokens_a_round=sum(turn.tokens_a_round for turn in turns) / len(turns),
-        stage_ms={stage: median(turn.stage_ms[stage] for turn in turns) for stage in turns[0].stage_ms},
-        wall_ms=median(turn.wall_ms for turn in turns),
+        stage_ms=stage_ms,
+        wall_ms=wall_ms,
+        stage_rate=1e3 * size * tokens / sum(stage_ms.values()),
+        wall_rate=1e3 * size * tokens / wall_ms,
     )
