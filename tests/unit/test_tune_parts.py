@@ -112,7 +112,7 @@ WRONG = {
     "no prompts": (["--prompts", "nowhere.jsonl"], "prompts='nowhere.jsonl' can't be read"),
     "batch sizes": (["--batch-sizes", "0,1"], r"batch_sizes=\[0, 1\] is not allowed"),
     "a baseline": (["--baselines", "eagle"], "'eagle' is none of untuned, draft_model, none"),
-    "K": (["--max-drafts", "1"], "max_drafts=1 leaves nothing to tune"),
+    "K": (["--max-drafts", "1"], "max_drafts=1 is not allowed. Give at least 3"),
     "a speculative configuration": (["--", "--speculative-config", "{}"], "tune tries its own. Give --config"),
 }
 

@@ -1,8 +1,9 @@
 """Made-up findings of a tuning run, for the report's tests."""
 
 from vllm_easyspec.drafter.plan import LayerPlan
+from vllm_easyspec.tune.flights import Confirmed
 from vllm_easyspec.tune.planner import Point, ScopedPlan, StageTimes, predicted_rate, tokens_a_round
-from vllm_easyspec.tune.tuner import Confirmed, Findings
+from vllm_easyspec.tune.tuner import Findings
 
 SIZES = (1, 4, 16)
 PLANS = [

@@ -35,6 +35,11 @@ class Window:
     seconds: float
     rounds: int
 
+    @property
+    def wall_ms(self) -> float:
+        """Milliseconds of a round."""
+        return 1e3 * self.seconds / self.rounds
+
 
 class Engine:
     """An engine and the requests in it."""
@@ -107,14 +112,17 @@ class TunedEngine(Engine):
     """An engine with easyspec in which any plan and any K up to the configured one can be used."""
 
     def __init__(self, engine_args: EngineArgs):
-        """engine_args: with an easyspec `speculative_config` and a `max_num_seqs`."""
-        config = engine_args.speculative_config
-        assert isinstance(config, dict) and engine_args.max_num_seqs is not None
+        """engine_args: with an easyspec `speculative_config` as a dict, and a `max_num_seqs`."""
+        config: Any = engine_args.speculative_config
         most = config["num_speculative_tokens"]
-        # Each K is named once, so that whatever vLLM prepares for a K at start (CUDA graphs) is there for all.
-        table = [[size, size, most + 1 - size] for size in range(1, min(most + 1, engine_args.max_num_seqs) + 1)]
-        speculative_config = {**config, "num_speculative_tokens_per_batch_size": table}
-        super().__init__(changed(engine_args, speculative_config=speculative_config), in_process=True)
+        # Each K is some batch size's, so that whatever vLLM prepares for a K at start (CUDA graphs) is there for all.
+        table = [[size, size, most + 1 - size] for size in range(1, most + 2)]
+        engine_args = changed(
+            engine_args,
+            speculative_config={**config, "num_speculative_tokens_per_batch_size": table},
+            max_num_seqs=max(most + 1, engine_args.max_num_seqs or 1),
+        )
+        super().__init__(engine_args, in_process=True)
         self.num_drafts_by_batch_size: list[int] = self.llm.engine_core.engine_core.scheduler.dynamic_sd_lookup
 
     def use(self, point: Point) -> None:

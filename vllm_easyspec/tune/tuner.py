@@ -14,20 +14,19 @@ What was measured when time runs out, or when the user interrupts, is used as it
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
 from vllm_easyspec import support
 from vllm_easyspec.config import ConfigError, EasySpecConfig, load
 from vllm_easyspec.drafter.plan import SCOPES, LayerPlan
-from vllm_easyspec.tune.engine import WARM_ROUNDS, Engine, Prompt, TunedEngine, Window, changed, running
+from vllm_easyspec.tune.engine import WARM_ROUNDS, Engine, Prompt, TunedEngine, changed, running
+from vllm_easyspec.tune.flights import Confirmed, Flights, Observation, confirmed, in_turn
 from vllm_easyspec.tune.planner import (
     Point,
     Range,
@@ -44,7 +43,6 @@ from vllm_easyspec.tune.progress import Progress
 
 SCORED_PROMPTS, SCORED_TOKENS = 8, 128
 CONFIRMED = 3  # points of each batch size, beside the untuned one and K = 0
-REQUEST_ROUNDS = 240  # of a point in a turn of phases 4 and 5: tokens a round then vary by some 4 percent between turns
 TOLERANCE = 0.02  # of a rate: so much is noise
 BASELINES = ("untuned", "draft_model", "none")
 
@@ -64,17 +62,6 @@ class Settings:
     time_budget: float | None = None  # seconds
     by_wall: bool | None = None  # rates by wall-clock; by itself only where vLLM's kernels are not interpreted
     baselines: tuple[str, ...] = BASELINES
-
-
-@dataclass
-class Confirmed:
-    """What a point did in flight, over all turns."""
-
-    tokens_a_round: float  # of one request, mean
-    stage_ms: dict[str, float]  # medians
-    wall_ms: float  # of a round, median
-    stage_rate: float  # tokens a second of the stages' time alone
-    wall_rate: float  # tokens a second
 
 
 @dataclass
@@ -109,10 +96,10 @@ class Findings:
 
     def rates(self, batch_size: int) -> dict[Point, float]:
         """Tokens a second that the choice rests on: confirmed where that came about, else predicted."""
-        confirmed = self.confirmed.get(batch_size)
-        if not confirmed:
+        if batch_size not in self.confirmed:
             return self.predicted(batch_size)
-        return {point: seen.wall_rate if self.by_wall else seen.stage_rate for point, seen in confirmed.items()}
+        seen = self.confirmed[batch_size]
+        return {point: one.wall_rate if self.by_wall else one.stage_rate for point, one in seen.items()}
 
     def chosen(self) -> dict[int, Point]:
         return choose({size: self.rates(size) for size in self.times}, TOLERANCE)
@@ -130,30 +117,19 @@ class Tuner:
         self.settings = settings
         self.config = EasySpecConfig.parse(settings.config)
         self.config.check_model()
-        self.most_drafts = settings.most_drafts or max(8, self.config.num_speculative_tokens)
-        if self.most_drafts < 2:
-            raise ConfigError(f"max_drafts={self.most_drafts} leaves nothing to tune. Give at least 2")
+        least = max(2, self.config.num_speculative_tokens)  # the configuration is measured too
+        self.most_drafts = settings.most_drafts or max(8, least)
+        if self.most_drafts < least:
+            raise ConfigError(f"max_drafts={self.most_drafts} is not allowed. Give at least {least}")
         shape = support.read_drafter(self.config.model, self.config.revision, self.config.code_revision)
-        untuned = {size: self._configured(size, shape.num_layers) for size in settings.batch_sizes}
+        untuned = {size: configured(self.config, size, shape.num_layers) for size in settings.batch_sizes}
         by_wall = settings.by_wall if settings.by_wall is not None else not current_platform.is_cpu()
         self.found = Findings(shape.num_layers, untuned, by_wall)
-        # Each K must be some batch size's, see `TunedEngine`.
-        largest = max(*settings.batch_sizes, self.most_drafts + 1)
+        largest = max(settings.batch_sizes)
+        self.flights = Flights(settings.prompts, largest, self.most_drafts, 2 * settings.rounds, settings.temperature)
         self.engine_args = changed(engine_args, max_num_seqs=largest, disable_log_stats=True, use_tqdm_on_load=False)
         self.progress = Progress(settings.time_budget)
         self.found.unfinished = self.progress.unfinished
-
-    def _configured(self, batch_size: int, num_layers: int) -> Point:
-        """What the untuned configuration does at a batch size."""
-        layer_parallel, k = self.config.layer_parallel, self.config.num_speculative_tokens
-        plan, scope = layer_parallel.plan(num_layers), layer_parallel.scope
-        for up_to, *entry in reversed(layer_parallel.plan_table(num_layers)):
-            if up_to is None or batch_size <= up_to:
-                plan, scope = entry  # type: ignore[assignment]
-        for first, _, drafts in sorted(self.config.num_speculative_tokens_per_batch_size or []):
-            if first <= batch_size:
-                k = min(drafts, self.config.num_speculative_tokens)
-        return Point(ScopedPlan(plan, scope), min(k, self.most_drafts))
 
     # ---- the phases ----
 
@@ -191,12 +167,10 @@ class Tuner:
             self.progress.interrupt()
 
     def _check_room(self, max_model_len: int) -> None:
-        prompt = max(len(prompt["prompt_token_ids"]) for prompt in self.settings.prompts)
-        needed = prompt + max(self._flight_params().max_tokens, self.settings.new_tokens)
-        if needed > max_model_len:
+        if self.flights.longest > max_model_len:
             raise ConfigError(
-                f"max_model_len={max_model_len} is too short for prompts of up to {prompt} tokens and the rounds after "
-                f"them: {needed} are needed. Give a longer one, or less prompt_tokens, rounds or batch sizes"
+                f"max_model_len={max_model_len} is too short for the rounds that are measured after a prompt: "
+                f"{self.flights.longest} are needed. Give a longer one, or less prompt_tokens, rounds or batch sizes"
             )
 
     def _search(self, engine: TunedEngine) -> list[ScopedPlan]:
@@ -220,9 +194,11 @@ class Tuner:
 
     def _measure_acceptance(self, engine: TunedEngine, plans: list[ScopedPlan]) -> None:
         expected = None
+        params = self.flights.params.clone()
+        params.max_tokens = self.settings.new_tokens
         for plan in self.progress.within("acceptance", plans):
             engine.use(Point(plan, self.most_drafts))
-            answers = engine.answer(self.settings.prompts, self._params(self.settings.new_tokens))
+            answers = engine.answer(self.settings.prompts, params)
             self.found.acceptance[plan] = engine.rpc("easyspec_stats")["acceptance"]
             if self.settings.temperature == 0:
                 expected = expected or answers
@@ -233,28 +209,29 @@ class Tuner:
         plans = list(self.found.acceptance)
         points = [Point(plan, most) for plan in plans]
         points += [Point(plans[0], k) for k in sorted({0, 1, 2, most // 2} - {most})]
-        seen: dict[tuple[int, Point], list[dict[str, float]]] = defaultdict(list)
+        seen: dict[tuple[int, Point], list[Observation]] = defaultdict(list)
         sweeps = [(turn, size) for turn in range(self.settings.turns) for size in self.settings.batch_sizes]
         for turn, size in self.progress.within("times", sweeps):
             engine.land()
-            for point in _in_turn(points, turn):
+            for point in in_turn(points, turn):
                 self._make_room(engine, size, turn)
-                window, stats = engine.measure(point, self.settings.rounds)
-                stages = _stages(stats)
-                seen[size, point].append(stages | {"other": _wall_ms(window) - sum(stages.values())})
+                seen[size, point].append(Observation.of(*engine.measure(point, self.settings.rounds)))
             self.found.times[size] = _stage_times({point: seen[size, point] for point in points}, most)
+
+    def _make_room(self, engine: TunedEngine, size: int, turn: int) -> None:
+        """Put requests in flight where none are, or where one could end within the next measurement."""
+        next_takes = (WARM_ROUNDS + self.settings.rounds) * (self.most_drafts + 1)
+        if not engine.generated or max(engine.generated.values()) + next_takes >= self.flights.params.max_tokens:
+            engine.take_off(self.flights.batch(size, turn), self.flights.params)
 
     def _confirm(self, engine: TunedEngine) -> None:
         points = self._worth_confirming()
-        seen: dict[tuple[int, Point], list[tuple[Window, dict[str, float]]]] = defaultdict(list)
+        seen: dict[tuple[int, Point], list[Observation]] = defaultdict(list)
         turns = [(turn, size) for turn in range(self.settings.turns) for size in self.found.times]
         for turn, size in self.progress.within("confirm", turns):
-            for flight in self._flights(size, turn):
-                for point in _in_turn(points[size], flight):
-                    engine.take_off(self._batch(size, flight), self._flight_params())
-                    window, stats = engine.measure(point, 2 * self.settings.rounds)
-                    seen[size, point].append((window, _stages(stats)))
-            self.found.confirmed[size] = {point: _confirmed(size, seen[size, point]) for point in points[size]}
+            for point, observed in self.flights.compare(engine, size, points[size], turn):
+                seen[size, point].append(observed)
+            self.found.confirmed[size] = {point: confirmed(size, seen[size, point]) for point in points[size]}
 
     def _worth_confirming(self) -> dict[int, list[Point]]:
         """By batch size: the points predicted to be fastest, the smaller size's best, the untuned one and K = 0."""
@@ -270,52 +247,27 @@ class Tuner:
 
     def _run_arm(self, name: str, speculative_config: dict[str, Any] | None) -> None:
         """Tokens a second at each batch size of an engine of its own."""
-        windows: dict[int, list[Window]] = defaultdict(list)
         try:
             arm = Engine(changed(self.engine_args, speculative_config=speculative_config), in_process=False)
         except (RuntimeError, ValueError) as error:
             self.found.failed[name] = str(error).splitlines()[0]
             return
         with running(arm) as engine:
-            for turn in range(self.settings.turns):
-                for size in self.found.times:
-                    for flight in self._flights(size, turn):
-                        engine.take_off(self._batch(size, flight), self._flight_params())
-                        engine.fly(WARM_ROUNDS)
-                        windows[size].append(engine.fly(2 * self.settings.rounds))
-        self.found.baselines[name] = {
-            size: 1e3 * size * _tokens_a_round(size, seen) / median(map(_wall_ms, seen))
-            for size, seen in windows.items()
-        }
+            turns = self.settings.turns
+            self.found.baselines[name] = {s: self.flights.wall_rate(engine, s, turns) for s in self.found.times}
 
-    # ---- requests ----
 
-    def _batch(self, size: int, flight: int) -> list[Prompt]:
-        """`size` prompts, others each flight; from the start again where they run out."""
-        prompts = self.settings.prompts
-        return [prompts[(flight * size + index) % len(prompts)] for index in range(size)]
-
-    def _flights(self, size: int, turn: int) -> range:
-        """Enough flights of `size` requests for `REQUEST_ROUNDS`: those of this turn."""
-        count = -(-REQUEST_ROUNDS // (2 * self.settings.rounds * size))
-        return range(turn * count, (turn + 1) * count)
-
-    def _params(self, max_tokens: int) -> SamplingParams:
-        return SamplingParams(
-            temperature=self.settings.temperature, max_tokens=max_tokens, ignore_eos=True, detokenize=False
-        )
-
-    def _flight_params(self) -> SamplingParams:
-        """Of a request that outlives all rounds of a flight; the first to be read waits for the last."""
-        rounds = max(self.settings.batch_sizes) + WARM_ROUNDS + 2 * self.settings.rounds
-        return self._params(1 + rounds * (self.most_drafts + 1))
-
-    def _make_room(self, engine: TunedEngine, size: int, turn: int) -> None:
-        """Put requests in flight where none are, or where one could end within the next measurement."""
-        params = self._flight_params()
-        next_takes = (WARM_ROUNDS + self.settings.rounds) * (self.most_drafts + 1)
-        if not engine.generated or max(engine.generated.values()) + next_takes >= params.max_tokens:
-            engine.take_off(self._batch(size, turn), params)
+def configured(config: EasySpecConfig, batch_size: int, num_layers: int) -> Point:
+    """What a configuration does at a batch size."""
+    layer_parallel, k = config.layer_parallel, config.num_speculative_tokens
+    plan, scope = layer_parallel.plan(num_layers), layer_parallel.scope
+    for up_to, *entry in reversed(layer_parallel.plan_table(num_layers)):
+        if up_to is None or batch_size <= up_to:
+            plan, scope = entry  # type: ignore[assignment]
+    for first, _, drafts in sorted(config.num_speculative_tokens_per_batch_size or []):
+        if first <= batch_size:
+            k = min(drafts, config.num_speculative_tokens)
+    return Point(ScopedPlan(plan, scope), k)
 
 
 def _plain_draft_model(config: EasySpecConfig) -> dict[str, Any]:
@@ -325,49 +277,18 @@ def _plain_draft_model(config: EasySpecConfig) -> dict[str, Any]:
     return fields
 
 
-def _in_turn(points: Sequence[Point], turn: int) -> Sequence[Point]:
-    """Every other turn goes the other way, so that drift meets all alike."""
-    return points if turn % 2 == 0 else list(reversed(points))
-
-
-def _stages(stats: dict[str, Any]) -> dict[str, float]:
-    """Median milliseconds of a round's stages; 0 for one that did not run."""
-    return {stage: took or 0.0 for stage, took in stats["stage_ms"].items()}
-
-
-def _wall_ms(window: Window) -> float:
-    return 1e3 * window.seconds / window.rounds
-
-
-def _stage_times(seen: dict[Point, list[dict[str, float]]], most_drafts: int) -> StageTimes:
+def _stage_times(seen: dict[Point, list[Observation]], most_drafts: int) -> StageTimes:
     """Medians over turns. By K, the times of the points with the first plan; a step's, those at the largest K."""
-    typical = {point: {key: median(one[key] for one in turns) for key in turns[0]} for point, turns in seen.items()}
+
+    def typical(point: Point, stage: str) -> float:
+        return median(one.stage_ms[stage] for one in seen[point])
+
     first = next(iter(seen)).plan
-    by_k = {point.num_drafts: took for point, took in typical.items() if point.plan == first}
+    by_k = [point for point in seen if point.plan == first]
+    others = [one.window.wall_ms - sum(one.stage_ms.values()) for turns in seen.values() for one in turns]
     return StageTimes(
-        calibrate={k: took["calibrate"] for k, took in by_k.items()},
-        verify={k: took["verify"] for k, took in by_k.items()},
-        step={
-            point.plan: took["draft"] / (most_drafts - 1)
-            for point, took in typical.items()
-            if point.num_drafts == most_drafts
-        },
-        other=median(took["other"] for took in typical.values()),
-    )
-
-
-def _tokens_a_round(size: int, windows: Sequence[Window]) -> float:
-    return sum(window.tokens for window in windows) / sum(size * window.rounds for window in windows)
-
-
-def _confirmed(size: int, seen: Sequence[tuple[Window, dict[str, float]]]) -> Confirmed:
-    windows = [window for window, _ in seen]
-    tokens, wall_ms = _tokens_a_round(size, windows), median(map(_wall_ms, windows))
-    stage_ms = {stage: median(stages[stage] for _, stages in seen) for stage in seen[0][1]}
-    return Confirmed(
-        tokens_a_round=tokens,
-        stage_ms=stage_ms,
-        wall_ms=wall_ms,
-        stage_rate=1e3 * size * tokens / sum(stage_ms.values()),
-        wall_rate=1e3 * size * tokens / wall_ms,
+        calibrate={point.num_drafts: typical(point, "calibrate") for point in by_k},
+        verify={point.num_drafts: typical(point, "verify") for point in by_k},
+        step={p.plan: typical(p, "draft") / (most_drafts - 1) for p in seen if p.num_drafts == most_drafts},
+        other=median(others),
     )

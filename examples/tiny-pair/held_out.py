@@ -1,6 +1,6 @@
 """Held-out prompts for the tiny pair, as JSON lines: pieces of the files that its training left out.
 
-usage: prompts.py FILE [--count 48] [--tokens 64] [--offset 0]
+usage: held_out.py FILE [--count 48] [--tokens 64] [--offset 0]
 """
 
 import argparse
@@ -14,7 +14,7 @@ PAIR = Path(__file__).resolve().parent
 STRIDE = 6  # of the held-out text every sixth piece is a prompt
 
 
-def held_out(count: int, tokens: int, offset: int = 0) -> list[str]:
+def held_out_prompts(count: int, tokens: int, offset: int = 0) -> list[str]:
     """`count` prompts of about `tokens` tokens, spread over the files; offset 0 to 5: of others than another offset."""
     tokenizer = AutoTokenizer.from_pretrained(PAIR / "target")
     library = Path(sysconfig.get_paths()["stdlib"])
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--offset", type=int, default=0)
     args = parser.parse_args()
-    prompts = held_out(args.count, args.tokens, args.offset)
+    prompts = held_out_prompts(args.count, args.tokens, args.offset)
     args.file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     print(f"{len(prompts)} prompts in {args.file}")
 
