@@ -74,7 +74,7 @@ def diagnose(
         f"drafting    {config.num_speculative_tokens} tokens a round, calibration {config.calibration}",
         f"plan        {plan}, scope {scope}: {plan.sequential_steps(scope)} sublayers one after another where the "
         f"precise pass has {2 * shape.num_layers}",
-        *(f"plan        {p}, scope {s}, {f'up to batch size {up_to}' if up_to else 'beyond'}" for up_to, p, s in table),
+        *(f"by batch    {f'up to {up_to}' if up_to else 'beyond'}: {p}, scope {s}" for up_to, p, s in table),
         f"MLPs        {mlp.value} ({config.layer_parallel.mlp}, on {device})",
         *_rank_lines(shape, placement, mlp, itemsize),
         f"vocabulary  {vocabulary}",

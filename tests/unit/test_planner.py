@@ -4,7 +4,10 @@ import itertools
 import random
 
 import pytest
+from tiny_models import easyspec
+from tune_findings import PLANS, findings
 
+from vllm_easyspec.config import EasySpecConfig
 from vllm_easyspec.drafter.plan import LayerPlan
 from vllm_easyspec.tune.planner import (
     Point,
@@ -18,6 +21,7 @@ from vllm_easyspec.tune.planner import (
     predicted_rate,
     ranges,
 )
+from vllm_easyspec.tune.tuner import configured
 
 PRECISE = ScopedPlan(LayerPlan.precise(4), "attention")
 HALVES = ScopedPlan(LayerPlan((2, 2)), "block")
@@ -120,3 +124,31 @@ def test_ranges():
     assert ranges({1: A, 2: A, 8: A}) == [Range(None, A)]
     assert ranges({1: A, 2: A, 4: B, 8: B, 16: NOTHING}) == [Range(2, A), Range(8, B), Range(None, NOTHING)]
     assert ranges({4: B, 1: A}) == [Range(1, A), Range(None, B)]
+
+
+def test_what_a_configuration_does_at_a_batch_size():
+    config = EasySpecConfig.parse(
+        easyspec(
+            num_speculative_tokens=5,
+            num_speculative_tokens_per_batch_size=[[1, 4, 7], [8, 16, 3], [17, 64, 0]],
+            layer_parallel={"group_size": 2, "by_batch_size": [{"up_to": 2, "scope": "block", "group_sizes": [4]}]},
+        )
+    )
+    points = {size: configured(config, size, 4) for size in (1, 2, 3, 5, 8, 17, 99)}
+    assert [str(point) for point in points.values()] == [
+        "block 4, K=5", "block 4, K=5", "attention 1-2-1, K=5", "attention 1-2-1, K=5", "attention 1-2-1, K=3", "K=0",
+        "K=0",
+    ]  # fmt: skip
+
+
+def test_findings_predict_one_plan_up_to_k_1_and_prefer_what_was_confirmed():
+    found = findings()
+    found.confirmed.pop(16)
+    small = [point for point in found.predicted(16) if point.num_drafts < 2]
+    assert small == [Point(PLANS[1], 0), Point(PLANS[1], 1)], "the untuned plan stands for all"
+    assert len(found.predicted(16)) == 2 + 7 * len(PLANS)
+    assert found.rates(16) == found.predicted(16)
+    assert set(found.rates(4)) == set(found.confirmed[4]) and found.rates(4) != found.predicted(4)
+    stages = found.rates(4)
+    found.by_wall = True
+    assert found.rates(4) == {point: pytest.approx(0.7 * rate) for point, rate in stages.items()}

@@ -77,5 +77,8 @@ def test_json_is_taken_too(tmp_path):
     chosen = choose({1: {Point(BLOCK, 3): 2.0}}, 0.0)
     text = tuned_yaml(source, tmp_path / "tuned.yaml", ranges(chosen), ["first", "second"], {Point(BLOCK, 3): "a note"})
     assert text.startswith("# first\n# second\nmethod: easyspec\n")
-    assert "scope: block # a note\n" in text and "group_sizes: [1, 8, 1] # 6 sequential steps; precise has 20\n" in text
+    assert (
+        "scope: block # a note\n" in text
+        and "group_sizes: [1, 8, 1] # 10 layers as 1-8-1: 6 sequential steps, precise has 20\n" in text
+    )
     assert yaml.safe_load(text)["model"] == str(DRAFTER)

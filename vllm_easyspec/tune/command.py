@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> str:
     }
     try:
         found = tuner.tune()
-        text = tuned_yaml(settings.config, out, found.ranges(), _head(found, about), _notes(found))
+        text = tuned_yaml(settings.config, out, found.ranges(), _head(found, about, args), _notes(found))
         out.write_text(text)
         tuner.compare(out)
     finally:
@@ -96,10 +96,12 @@ def _ratio(found: Findings, size: int) -> str:
     return f"{point}: {rates[point]:.1f} tokens/s{against}"
 
 
-def _head(found: Findings, about: dict[str, Any]) -> list[str]:
+def _head(found: Findings, about: dict[str, Any], args: argparse.Namespace) -> list[str]:
     hardware, versions = about["hardware"], about["versions"]
     machine = hardware["gpu"] or f"{hardware['cores']} cores of {hardware['cpu']}"
     return [
+        "Serve with:",
+        f"  vllm serve {args.model} --tensor-parallel-size {args.tensor_parallel_size} --speculative-config {args.out}",
         f"Tuned by: {about['command']}",
         f"On {machine}, vllm {versions['vllm']}, torch {versions['torch']}. Tokens a second "
         + ("by wall-clock:" if found.by_wall else "of the stages' time (calibrate, draft, verify):"),

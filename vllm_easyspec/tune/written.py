@@ -90,6 +90,6 @@ def _fields(one: Range, notes: Mapping[Point, str]) -> list[str]:
     note = notes.get(one.point)
     return [
         f"scope: {plan.scope}" + (f" # {note}" if note else ""),
-        f"group_sizes: {list(plan.plan.group_sizes)} # {plan.steps} sequential steps; precise has "
-        f"{2 * plan.plan.num_layers}",
+        f"group_sizes: {list(plan.plan.group_sizes)} # {plan.plan.num_layers} layers as {plan.plan}: {plan.steps} "
+        f"sequential steps, precise has {2 * plan.plan.num_layers}",
     ]
