@@ -19,6 +19,18 @@ from vllm_easyspec.drafter.paged_kv import Sequences
 
 
 @dataclass(frozen=True)
+class CalibrationLayout:
+    """How a batch's requests lie in a calibration pass. Known on the host: it depends on nothing that was accepted."""
+
+    of_req: torch.Tensor  # [rows] int64: the request of each row
+    offset: torch.Tensor  # [rows] int64: the row's place in its request
+    known: torch.Tensor  # [reqs] int64: leading tokens of the request whose K/V is precise already, 0 or 1
+    starts: torch.Tensor  # [reqs + 1] int32
+    starts_cpu: torch.Tensor  # the same on the host
+    max_rows: int  # of one request
+
+
+@dataclass(frozen=True)
 class CalibrationStep:
     """A calibration pass, ready to run."""
 
@@ -37,43 +49,52 @@ class CalibrationScheduler:
         self.block_size = block_size
         self.device = device
 
-    def plan(self, batch: DraftBatch) -> CalibrationStep:
+    def layout(self, query_lens: np.ndarray, prefilling: np.ndarray) -> CalibrationLayout:
+        """query_lens: `[reqs]`, tokens that the target read; prefilling: `[reqs] bool`."""
         # A decoding request's first token was calibrated when it was sampled; a prefilling one may end in a new token.
-        known = (~batch.prefilling).astype(np.int64)
-        lens = batch.query_lens + 1 - known
+        known = (~prefilling).astype(np.int64)
+        lens = query_lens + 1 - known
         starts = np.concatenate([[0], np.cumsum(lens)])
-        reqs = np.repeat(np.arange(batch.num_reqs), lens)
+        reqs = np.repeat(np.arange(len(lens)), lens)
         offsets = np.arange(starts[-1]) - starts[:-1][reqs]
-        layout = torch.from_numpy(np.stack([reqs, offsets, known[reqs]])).to(self.device, non_blocking=True)
-        of_req, offset, skipped = layout.unbind(0)
+        rows = torch.from_numpy(np.stack([reqs, offsets])).to(self.device, non_blocking=True)
         starts_cpu = torch.from_numpy(starts.astype(np.int32))
-        known_of_req = torch.from_numpy(known).to(self.device, non_blocking=True)
+        return CalibrationLayout(
+            of_req=rows[0],
+            offset=rows[1],
+            known=torch.from_numpy(known).to(self.device, non_blocking=True),
+            starts=starts_cpu.to(self.device, non_blocking=True),
+            starts_cpu=starts_cpu,
+            max_rows=int(lens.max()),
+        )
 
-        num_tokens = batch.num_valid - known_of_req + batch.sampled
-        source = offset + skipped
+    def plan(self, batch: DraftBatch, layout: CalibrationLayout | None = None) -> CalibrationStep:
+        """The pass for `batch`. With its layout given, nothing is copied from the host: a CUDA graph can record it."""
+        layout = layout or self.layout(batch.query_lens, batch.prefilling)
+        of_req, offset = layout.of_req, layout.offset
+        num_tokens = batch.num_valid - layout.known + batch.sampled
+        source = offset + layout.known[of_req]
         is_newest = source == batch.num_valid[of_req]
         read = batch.input_ids[(batch.query_starts[of_req] + source).clamp_(max=batch.input_ids.shape[0] - 1)]
         input_ids = torch.where(is_newest, batch.newest[of_req], read.long()).clamp_(0, self.vocab_size - 1)
-        first_positions = batch.start_positions + known_of_req
+        first_positions = batch.start_positions + layout.known
         positions = first_positions[of_req] + offset
         live = offset < num_tokens[of_req]
-        starts_device = starts_cpu.to(self.device, non_blocking=True)
-        lens_device = starts_device.diff()
         sequences = Sequences(
             positions=positions.clamp(max=self.max_len - 1),
             slots=self.slots(batch, of_req, positions, live),
-            query_start_loc=starts_device,
-            query_start_loc_cpu=starts_cpu,
-            seq_lens=first_positions.int() + lens_device,
+            query_start_loc=layout.starts,
+            query_start_loc_cpu=layout.starts_cpu,
+            seq_lens=first_positions.int() + layout.starts.diff(),
             seq_lens_bound=torch.from_numpy(batch.seq_lens_bound.astype(np.int32) + 1),
             block_table=batch.block_table,
-            max_query_len=int(lens.max()),
+            max_query_len=layout.max_rows,
             max_seq_len=int(batch.seq_lens_bound.max()) + 1,
         )
         return CalibrationStep(
             input_ids=input_ids,
             sequences=sequences,
-            newest_rows=starts_device[:-1] + num_tokens - 1,
+            newest_rows=(layout.starts[:-1] + num_tokens - 1).clamp_(min=0),  # a row that a graph adds has no token
             newest_positions=first_positions + num_tokens - 1,
             num_tokens=num_tokens,
         )

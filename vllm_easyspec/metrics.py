@@ -2,11 +2,13 @@
 
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from statistics import median
 
+import numpy as np
 import torch
 
+from vllm_easyspec.batch import DraftBatch
 from vllm_easyspec.drafter.plan import LayerPlan, Scope
 
 STAGES = ("calibrate", "draft", "verify")
@@ -21,6 +23,10 @@ class PassCounters:
     cache_writes: int = 0
     attention_collectives: int = 0  # one a group: its attention outputs reach every rank
     mlp_collectives: int = 0  # one an MLP (attention scope) or one a group (block scope)
+
+    def add(self, other: "PassCounters") -> None:
+        for counter in fields(self):
+            setattr(self, counter.name, getattr(self, counter.name) + getattr(other, counter.name))
 
 
 class StageClock:
@@ -79,28 +85,33 @@ class DraftStatistics:
         self.stages = {"calibrate": PassCounters(), "draft": PassCounters()}
         self.clock = StageClock(self.device)
         self.rounds = 0
-        self.rounds_by_plan: Counter[tuple[int, LayerPlan, Scope]] = Counter()
-        # Totals over requests: [verified rounds of a request, drafts tested at position 1.., accepted at position 1..].
-        self.verified = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.accepted_at = torch.zeros(self.max_drafts, dtype=torch.int64, device=self.device)
-        self.calibrated_decode_tokens = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.rounds_by_plan: Counter[tuple[int, LayerPlan, Scope]] = Counter()  # by K, 0 included
+        self.eager_rounds = 0  # rounds whose fuzzy steps did not come from a graph
+        self.replays = 0
+        # Decoding requests by tokens that stood in their step (1 to K + 1); their drafts untested [0] and tested [1].
+        self.stood = torch.zeros(2, self.max_drafts + 2, dtype=torch.int64, device=self.device)
+        self.ones = torch.ones(1, dtype=torch.int64, device=self.device)
         self.calibrated_prefill_tokens = torch.zeros((), dtype=torch.int64, device=self.device)
 
-    def count_round(self, num_drafts: int, plan: LayerPlan, scope: Scope) -> None:
-        """A round of K = `num_drafts`, whose fuzzy steps (from K = 2 on) run `plan`."""
+    def count_round(self, batch: DraftBatch, tested: np.ndarray) -> None:
+        """tested: `[reqs] bool`, requests that the target read drafts of. Never waits for the device."""
         self.rounds += 1
-        self.rounds_by_plan[num_drafts, plan, scope] += 1
-
-    def count_verdict(self, decoding: torch.Tensor, num_accepted: torch.Tensor) -> None:
-        """decoding: `[reqs] bool`, requests whose drafts were tested; num_accepted: `[reqs] int64`."""
-        self.verified += decoding.sum()
-        reached = num_accepted.unsqueeze(1) > torch.arange(self.max_drafts, device=self.device)
-        self.accepted_at += (reached & decoding.unsqueeze(1)).sum(0)
+        if not batch.prefilling.any() and tested.all():
+            self.stood[1].scatter_add_(0, batch.num_valid, self.ones.expand(batch.num_reqs))
+            return
+        masks = torch.from_numpy(np.stack([batch.prefilling, tested])).to(self.device, non_blocking=True)
+        prefilling, read_drafts = masks
+        self.calibrated_prefill_tokens += ((batch.num_valid + batch.sampled) * prefilling).sum()
+        cells = read_drafts * self.stood.shape[1] + batch.num_valid.clamp(max=self.max_drafts + 1)
+        self.stood.view(-1).scatter_add_(0, cells * ~prefilling, (~prefilling).long())
 
     def snapshot(self) -> dict:
         """Plain numbers for an RPC reply: acceptance by position; tokens a round, the target's own included."""
-        verified = int(self.verified)
-        accepted = self.accepted_at.tolist()
+        untested, tested = self.stood.tolist()
+        verified = sum(tested)
+        # Of n tokens that stood, the first was sampled a round before, the others are accepted drafts.
+        accepted = [sum(tested[index + 2 :]) for index in range(self.max_drafts)]
+        calibrated = sum(stood * (a + b) for stood, (a, b) in enumerate(zip(untested, tested, strict=True)))
         return {
             "rounds": self.rounds,
             "rounds_by_plan": [
@@ -111,7 +122,7 @@ class DraftStatistics:
             "accepted_at": accepted,
             "acceptance": [round(a / verified, 4) if verified else None for a in accepted],
             "tokens_a_round": round(1 + sum(accepted) / verified, 4) if verified else None,
-            "calibrated_decode_tokens": int(self.calibrated_decode_tokens),
+            "calibrated_decode_tokens": calibrated,
             "calibrated_prefill_tokens": int(self.calibrated_prefill_tokens),
             "stages": {name: asdict(counters) for name, counters in self.stages.items()},
             "stage_ms": self.clock.medians(),

@@ -1,15 +1,12 @@
-"""`EasySpecSpeculator`: vLLM's speculator interface in, one round out: calibrate, draft; vLLM's target verifies.
-
-Round `n` of a request, newest token at position `P`: the calibration pass has made every position up to `P` precise and
-gives draft 1; fuzzy step `j` reads draft `j` at position `P + j`, writes its fuzzy K/V there, and gives draft `j + 1`.
-"""
+"""`EasySpecSpeculator`: vLLM's speculator interface in, one round out: calibrate, draft; vLLM's target verifies."""
 
 import copy
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig, replace
@@ -17,15 +14,19 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_easyspec.batch import DraftBatch
-from vllm_easyspec.calibration import CalibrationScheduler, CalibrationStep
+from vllm_easyspec.calibration import CalibrationScheduler
 from vllm_easyspec.config import Calibration, PlanTable, RuntimeOptions
 from vllm_easyspec.drafter.model import LayerParallelDrafter
-from vllm_easyspec.drafter.paged_kv import DrafterAttention, PagedKV, PagedPass, Sequences, UnpagedPass
+from vllm_easyspec.drafter.paged_kv import DrafterAttention, PagedKV, UnpagedPass
 from vllm_easyspec.drafter.plan import SCOPES, LayerPlan, Scope
+from vllm_easyspec.drafting import DraftLoop
+from vllm_easyspec.graphs import DraftGraph, DraftGraphs
 from vllm_easyspec.metrics import DraftStatistics
 from vllm_easyspec.plugin import DRAFTER_ARCHITECTURE
 from vllm_easyspec.support import check_attention_backend
@@ -48,7 +49,7 @@ class Drafting:
     by_batch_size: PlanTable = ()  # larger batches take the plan above
 
     def choice(self, num_reqs: int) -> tuple[LayerPlan, Scope]:
-        """How a round of `num_reqs` requests drafts."""
+        """Plan and scope for a round of `num_reqs` requests."""
         for up_to, plan, scope in self.by_batch_size:
             if up_to is None or num_reqs <= up_to:
                 return plan, scope
@@ -75,8 +76,10 @@ class EasySpecSpeculator(DraftModelSpeculator):
         )
         self.statistics = DraftStatistics(device, self.num_speculative_steps)
         self.current_step = torch.zeros((), dtype=torch.int64, device=device)
+        self.all_have_room = True  # the host knows that no context fills up in this round
+        self.graphs: DraftGraphs | None = None  # vLLM drops it around memory profiling
         self.pages: PagedKV
-        self.calibration: CalibrationScheduler
+        self.loop: DraftLoop
 
     # ---- one round ----
 
@@ -106,14 +109,12 @@ class EasySpecSpeculator(DraftModelSpeculator):
             return self._profile(input_batch)
         self._take_up_pages()
         asked = self.num_speculative_steps if num_speculative_tokens is None else num_speculative_tokens
-        # Padding rows of a calibration pass may reach past the longest request, hence the further columns.
-        table = self.block_tables.input_block_tables[self.cache_group][: input_batch.num_reqs]
         batch = DraftBatch.from_vllm(
             input_batch,
             num_rejected,
             num_sampled,
             last_sampled,
-            nn.functional.pad(table, (0, 1 + self.num_speculative_steps // self.pages.block_size)),
+            self.loop.block_table[: input_batch.num_reqs],
             min(asked, self.drafting.num_drafts),
             dummy_run,
         )
@@ -130,71 +131,39 @@ class EasySpecSpeculator(DraftModelSpeculator):
         return drafts
 
     def _round(self, batch: DraftBatch) -> torch.Tensor:
-        self.statistics.clock.start("calibrate")
-        step, hidden = self._calibrate(batch)
-        positions = step.newest_positions
-        if batch.num_drafts > 0:
-            self._sample(0, hidden, positions, batch)
-        self.statistics.clock.stop("calibrate")
-        self.statistics.clock.start("draft")
-        self.model.counters = self.statistics.stages["draft"]
-        plan, scope = self.drafting.choice(batch.num_reqs)
-        for index in range(1, batch.num_drafts):
-            positions = positions + 1
-            sequences = self._next_sequences(batch, positions)
-            ids = self.draft_tokens[: batch.num_reqs, index - 1]
-            attention = PagedPass(self.pages, sequences)
-            hidden = self.model(ids, plan, scope, attention)
-            self._sample(index, hidden, positions, batch)
-        self.draft_tokens[: batch.num_reqs, batch.num_drafts :] = FILLER
-        return self.draft_tokens[: batch.num_reqs]
+        clock, stages = self.statistics.clock, self.statistics.stages
+        reqs, num_drafts = batch.num_reqs, batch.num_drafts
+        plan, scope = self.drafting.choice(reqs)
+        self.all_have_room = int(batch.seq_lens_bound.max()) + 1 + self.num_speculative_steps < self.max_draft_len
 
-    def _calibrate(self, batch: DraftBatch) -> tuple[CalibrationStep, torch.Tensor]:
-        """Make the new tokens' K/V precise; returns the newest tokens' hidden states `[reqs, hidden]`."""
-        step = self.calibration.plan(batch)
-        self.model.counters = self.statistics.stages["calibrate"]
-        if not batch.dummy:
-            self._count_calibrated(step, batch)
-        if self.drafting.calibration == "every_round" or batch.prefilling.all():
-            return step, self._calibration_pass(step, self.precise)
-        choice = self.drafting.choice(batch.num_reqs)
-        if not batch.prefilling.any():
-            return step, self._calibration_pass(step, *choice)
-        # Ablation, mixed batch: prompts are read precisely, generated tokens keep fuzzy K/V.
-        precise = self._calibration_pass(self.calibration.only(step, batch, prefilling=True), self.precise)
-        fuzzy = self._calibration_pass(self.calibration.only(step, batch, prefilling=False), *choice)
-        prefilling = torch.from_numpy(batch.prefilling).to(self.device)
-        return step, torch.where(prefilling.unsqueeze(1), precise, fuzzy)
+        clock.start("calibrate")
+        if graph := self._calibration_graph(batch):
+            self.loop.load(batch, graph)
+            self._replay(graph)
+        else:
+            self.model.counters = stages["calibrate"]
+            ablation = (plan, scope) if self.drafting.calibration == "never" else None
+            self.loop.calibrate(batch, ablation)
+        clock.stop("calibrate")
 
-    def _calibration_pass(self, step: CalibrationStep, plan: LayerPlan, scope: Scope = "attention") -> torch.Tensor:
-        attention = PagedPass(self.pages, step.sequences)
-        return self.model(step.input_ids, plan, scope, attention)[step.newest_rows]
+        clock.start("draft")
+        if graph := self._draft_graph(batch, plan, scope):
+            self._replay(graph)
+        elif num_drafts > 1:
+            self.model.counters = stages["draft"]
+            max_seq_len = int(batch.seq_lens_bound.max()) + 1 + self.num_speculative_steps
+            self.loop.draft(reqs, num_drafts, plan, scope, max_seq_len)
+        self.draft_tokens[:reqs, num_drafts:] = FILLER
+        return self.draft_tokens[:reqs]
 
-    def _next_sequences(self, batch: DraftBatch, positions: torch.Tensor) -> Sequences:
-        """A fuzzy step: one token a request at `positions` (`[reqs] int64`)."""
-        reqs = batch.num_reqs
-        bound = torch.from_numpy(batch.seq_lens_bound) + (self.num_speculative_steps + 1)
-        return Sequences(
-            positions=positions.clamp(max=self.max_draft_len - 1),
-            slots=self.calibration.slots(batch, self.request_rows[:reqs], positions, batch.sampled),
-            query_start_loc=self.one_token_starts[: reqs + 1],
-            query_start_loc_cpu=self.one_token_starts_cpu[: reqs + 1],
-            seq_lens=(positions + 1).clamp(max=self.max_draft_len).int(),
-            seq_lens_bound=bound.int().clamp(max=self.max_draft_len),
-            block_table=batch.block_table,
-            max_query_len=1,
-            max_seq_len=min(int(bound.max()), self.max_draft_len),
-        )
-
-    def _sample(self, index: int, hidden: torch.Tensor, positions: torch.Tensor, batch: DraftBatch) -> None:
+    def _sample(self, index: int, hidden: torch.Tensor, positions: torch.Tensor, reqs: int) -> None:
         """Draft `index` of each request, from the hidden state at `positions`; logits are kept if it is sampled."""
-        reqs = batch.num_reqs
         self.current_step.fill_(index)
         rows = self.idx_mapping[:reqs]
         sampled = self.sample_draft(
             hidden, positions, rows, self.temperature, self.seeds, self.current_step, self.draft_logits
         )
-        if int(batch.seq_lens_bound.max()) + index < self.max_draft_len:  # the host knows that every context has room
+        if self.all_have_room:
             self.draft_tokens[:reqs, index] = sampled
             return
         has_room = positions < self.max_draft_len
@@ -204,19 +173,75 @@ class EasySpecSpeculator(DraftModelSpeculator):
             logits = self.draft_logits[rows, index]
             self.draft_logits[rows, index] = torch.where(has_room.unsqueeze(1), logits, self.filler_logits)
 
+    # ---- graphs ----
+
+    def _replay(self, graph: DraftGraph) -> None:
+        assert self.graphs is not None
+        self.statistics.stages[graph.stage].add(self.graphs.replay(graph))
+        self.statistics.replays += 1
+
+    def _calibration_graph(self, batch: DraftBatch) -> DraftGraph | None:
+        """The graph for this batch: all requests decode, each with as many tokens."""
+        read = int(batch.query_lens[0])
+        if batch.prefilling.any() or (batch.query_lens != read).any() or self.drafting.calibration == "never":
+            return None
+        return self._captured(batch, lambda rows: DraftGraph.calibrate(rows, read, batch.num_drafts))
+
+    def _draft_graph(self, batch: DraftBatch, plan: LayerPlan, scope: Scope) -> DraftGraph | None:
+        if batch.num_drafts < 2:
+            return None
+        graph = self._captured(batch, lambda rows: DraftGraph.draft(rows, batch.num_drafts, plan, scope))
+        if graph is None and not batch.dummy:
+            self.statistics.eager_rounds += 1
+            if self.graphs is not None and self.graphs.graphs:
+                logger.info_once(
+                    "easyspec: a round of %d requests drafts without CUDA graphs: more requests than the largest "
+                    "captured size, a context about to fill up, or a plan that was not captured.",
+                    batch.num_reqs,
+                )
+        return graph
+
+    def _captured(self, batch: DraftBatch, describe: Callable[[int], DraftGraph]) -> DraftGraph | None:
+        if self.graphs is None or batch.dummy or not self.all_have_room:
+            return None
+        graph = describe(self.graphs.padded(batch.num_reqs))
+        return graph if graph in self.graphs.graphs else None
+
+    def _graphs_to_capture(self) -> list[DraftGraph]:
+        assert self.graphs is not None
+        drafts = self._possible_drafts()
+        wanted: dict[DraftGraph, None] = {}
+        below = 0
+        for size in self.graphs.sizes:
+            for num_drafts in drafts:
+                if size * (num_drafts + 1) <= self.graphs.max_tokens:
+                    for sampled in drafts:
+                        wanted[DraftGraph.calibrate(size, num_drafts + 1, sampled)] = None
+                if num_drafts > 1:
+                    for reqs in range(below + 1, size + 1):
+                        wanted[DraftGraph.draft(size, num_drafts, *self.drafting.choice(reqs))] = None
+            below = size
+        return list(wanted)
+
+    def _possible_drafts(self) -> list[int]:
+        """Every K that a round may have."""
+        spec, most = self.speculative_config, self.drafting.num_drafts
+        if not spec.uses_dynamic_speculative_decoding():
+            return sorted({most, self.num_speculative_steps})
+        schedule = build_dynamic_sd_schedule_lookup(
+            spec.num_speculative_tokens_per_batch_size,
+            vllm_max_batch_size=self.max_num_reqs,
+            vllm_num_speculative_tokens=self.num_speculative_steps,
+        )
+        return sorted({min(num_drafts, most) for num_drafts in schedule[1:]} | set(schedule[1:]))
+
     # ---- counting ----
 
     def _count(self, input_batch: InputBatch, batch: DraftBatch) -> None:
-        self.statistics.count_round(batch.num_drafts, *self.drafting.choice(batch.num_reqs))
-        if input_batch.num_draft_tokens_per_req is not None:
-            tested = (input_batch.num_draft_tokens_per_req[: batch.num_reqs] > 0) & ~batch.prefilling
-            self.statistics.count_verdict(torch.from_numpy(tested).to(self.device), batch.num_valid - 1)
-
-    def _count_calibrated(self, step: CalibrationStep, batch: DraftBatch) -> None:
-        prefilling = torch.from_numpy(batch.prefilling).to(self.device)
-        in_prefill = (step.num_tokens * prefilling).sum()
-        self.statistics.calibrated_prefill_tokens += in_prefill
-        self.statistics.calibrated_decode_tokens += step.num_tokens.sum() - in_prefill
+        drafts = input_batch.num_draft_tokens_per_req
+        tested = np.zeros(batch.num_reqs, dtype=bool) if drafts is None else drafts[: batch.num_reqs] > 0
+        self.statistics.count_round(batch, tested)
+        self.statistics.rounds_by_plan[batch.num_drafts, *self.drafting.choice(batch.num_reqs)] += 1
 
     def _check_ranks(self, batch: DraftBatch, drafts: torch.Tensor) -> None:
         """Debug: every rank feeds its own drafts to the target, so ids and logits must agree to the bit."""
@@ -254,6 +279,8 @@ class EasySpecSpeculator(DraftModelSpeculator):
         self.drafting = dataclasses.replace(self.configured if restore else self.drafting, **changes)
         if self.draft_logits is not None:
             self.draft_logits[:, self.drafting.num_drafts :] = self.filler_logits
+        if self.graphs is not None and self.graphs.graphs:
+            self.capture()
         self.statistics.reset()
 
     # ---- set-up, in the order in which vLLM calls it ----
@@ -277,16 +304,38 @@ class EasySpecSpeculator(DraftModelSpeculator):
     @property
     def attn_vllm_config(self) -> VllmConfig:
         """For the virtual batch's metadata builders: whole heads, and a sequence for each layer of a request."""
+        layers = max(1, len(self.model.local_layers))
         config = copy.copy(self.draft_vllm_config)
         config.scheduler_config = copy.copy(config.scheduler_config)
-        config.scheduler_config.max_num_seqs = self.max_num_reqs * max(1, len(self.model.local_layers))
+        config.scheduler_config.max_num_seqs = self.max_num_reqs * layers
+        # Beyond this many tokens FlashAttention 3 chooses its splits by heuristics that a graph can't hold.
+        compilation = config.compilation_config = copy.copy(config.compilation_config)
+        if compilation.max_cudagraph_capture_size:
+            compilation.max_cudagraph_capture_size *= max(layers, self.num_speculative_steps + 1)
         return config
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
-        """The drafter runs eagerly."""
+        support = self.attn_cg_support
+        if cudagraph_mode.decode_mode() != CUDAGraphMode.FULL:
+            reason = f"vLLM's cudagraph_mode is {cudagraph_mode.name}"
+        elif support.min_cg_support.value < AttentionCGSupport.UNIFORM_BATCH.value:
+            reason = f"the attention backend {support.min_cg_attn_backend} can't be captured for it"
+        elif not self.supports_decode_metadata_update:
+            reason = "the attention backend can't refresh its metadata on the device"
+        else:
+            self.graphs = DraftGraphs(self.vllm_config, self.device, CUDAGraphMode.FULL_DECODE_ONLY)
+            return
+        self.graphs = None
+        logger.info_once("easyspec: the drafter runs without CUDA graphs, since %s.", reason)
 
     def capture(self) -> None:
-        """The drafter runs eagerly."""
+        """Record what this engine may draft with. vLLM calls it; so does `configure`, for a plan not captured yet."""
+        if self.graphs is None:
+            return
+        self._take_up_pages()
+        self.all_have_room = True
+        self.idx_mapping.fill_(-1)
+        self.loop.record(self.graphs, self._graphs_to_capture())
 
     def bind_pages(self) -> None:
         """Take up the pages that vLLM has bound. Repeatable; raises ValueError for a layout that can't be used."""
@@ -308,12 +357,14 @@ class EasySpecSpeculator(DraftModelSpeculator):
             block_size,
         )
         self.max_draft_len = min(self.draft_model_config.max_model_len, self.vllm_config.model_config.max_model_len)
-        self.calibration = CalibrationScheduler(
-            self.model.shape.vocab_size, self.max_draft_len, block_size, self.device
+        self.loop = DraftLoop(
+            self.model,
+            self.pages,
+            CalibrationScheduler(self.model.shape.vocab_size, self.max_draft_len, block_size, self.device),
+            self.block_tables.input_block_tables[self.cache_group],
+            self.draft_tokens,
+            self._sample,
         )
-        self.one_token_starts_cpu = torch.arange(self.max_num_reqs + 1, dtype=torch.int32)
-        self.one_token_starts = self.one_token_starts_cpu.to(self.device)
-        self.request_rows = self.one_token_starts[:-1].long()
         if self.draft_logits is not None:
             self.filler_logits = torch.full_like(self.draft_logits[0, 0], torch.finfo(self.draft_logits.dtype).min)
             self.filler_logits[FILLER] = 0

@@ -71,6 +71,11 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
             ],
             "num_speculative_tokens": drafting.num_drafts,
             "calibration": drafting.calibration,
+            "graphs": {
+                "captured": len(self.speculator.graphs.graphs) if self.speculator.graphs else 0,
+                "replays": self.speculator.statistics.replays,
+                "eager_rounds": self.speculator.statistics.eager_rounds,
+            },
         }
         if reset:
             self.speculator.statistics.reset()

@@ -75,10 +75,11 @@ def observe(folder: str) -> Observed:
     for lengths, new in STATES:
         drafter.rewind(lengths)
         sequences = drafter.sequences(new)
-        batch = drafter.pages.virtual(sequences, LAYERS)
+        virtual = drafter.pages.virtual(sequences, LAYERS)
+        metadata = drafter.pages.metadata(virtual)
         names = ("query_start_loc", "seq_lens", "block_table", "slot_mapping")
-        built = {name: getattr(batch.metadata, name) for name in names}
-        batches.append((sequences, SimpleNamespace(slots=batch.slots, positions=batch.positions, **built)))
+        built = {name: getattr(metadata, name) for name in names}
+        batches.append((sequences, SimpleNamespace(slots=virtual.slots, positions=virtual.positions, **built)))
         qkv = _random_qkv(drafter, sequences, LAYERS)
         before = torch.randn(drafter.pages.pages(slice(0, LAYERS)).shape)
         for results, width in ((grouped, LAYERS), (separate, 1)):

@@ -29,10 +29,8 @@ def test_choice(table, expected):
 def test_rounds_are_counted_by_plan():
     statistics = DraftStatistics(torch.device("cpu"), 5)
     for drafts, plan in [(5, HALVES), (5, HALVES), (0, HALVES), (5, ONE)]:
-        statistics.count_round(drafts, plan, "block")
-    counted = statistics.snapshot()
-    assert counted["rounds"] == 4
-    rows = counted["rounds_by_plan"]
+        statistics.rounds_by_plan[drafts, plan, "block"] += 1
+    rows = statistics.snapshot()["rounds_by_plan"]
     assert [(row["num_speculative_tokens"], row["group_sizes"], row["rounds"]) for row in rows] == [
         (5, [2, 2], 2), (0, [2, 2], 1), (5, [4], 1),
     ]  # fmt: skip

@@ -44,9 +44,9 @@ def sequences(reqs: int) -> Sequences:
 
 def test_metadata_for_groups_of_several_sizes_live_side_by_side():
     pages = PagedKV([], Builder(), BLOCKS, BLOCK_SIZE)
-    single = pages.virtual(sequences(2), 1).metadata
+    single = pages.metadata(pages.virtual(sequences(2), 1))
     before = copy.deepcopy(single.schedule)
-    pages.virtual(sequences(2), 3)
+    pages.metadata(pages.virtual(sequences(2), 3))
     assert single.schedule is None or torch.equal(single.schedule, before)
 
 

@@ -140,6 +140,11 @@ class LayerParallelDrafter(nn.Module):
         """The arg-max over the vocabulary, two numbers a rank in place of the logits: `[rows, hidden]` to `[rows]`."""
         return self.logits_processor.get_top_tokens(self.lm_head, hidden)
 
+    def largest_share(self, plan: LayerPlan) -> int:
+        """Layers of one group that live on this rank, at most."""
+        shares = (self.placement.local_slice(self.rank, group) for group in plan.groups)
+        return max(share.stop - share.start for share in shares)
+
     def _attention_outputs(self, x: torch.Tensor, group: range, attention: Attend) -> torch.Tensor:
         """All attentions of a group on one input: `[tokens, hidden]` to `[group, tokens, hidden]`, on every rank."""
         mine = self.placement.local_slice(self.rank, group)

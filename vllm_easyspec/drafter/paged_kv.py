@@ -14,7 +14,7 @@ slots by `num_blocks * block_size`.
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,7 +25,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_easyspec.ops import shift_block_table, shift_slots
+from vllm_easyspec.ops import advance_draft_inputs, shift_block_table, shift_slots
 
 
 class DrafterAttention(Attention):
@@ -62,15 +62,6 @@ class Sequences:
     max_seq_len: int
 
 
-@dataclass(frozen=True)
-class VirtualBatch:
-    """`Sequences` repeated for `G` layers: what the backend takes in one call."""
-
-    metadata: Any
-    slots: torch.Tensor  # [G * tokens] int64
-    positions: torch.Tensor  # [G * tokens] int64
-
-
 class PagedKV:
     """Joint views over the pages of this rank's drafter layers. Rebuilt whenever vLLM binds other pages."""
 
@@ -85,6 +76,7 @@ class PagedKV:
         self.group = group
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.layer_stride = num_blocks * block_size  # slots from one layer's pages to the next
         # Weak, so as not to keep pages that vLLM lets go; not an address, since later pages may come to lie there.
         self.first_pages = weakref.ref(layers[0].kv_cache) if layers else None
         if layers:
@@ -123,33 +115,41 @@ class PagedKV:
         size = (count * first.shape[0], *first.shape[1:])
         return torch.as_strided(first, size, first.stride(), first.storage_offset())
 
-    def virtual(self, sequences: Sequences, num_layers: int) -> VirtualBatch:
-        """The batch of `num_layers` layers. It serves any group of that many: views start at their first layer."""
-        assert self.group is not None
+    def virtual(self, sequences: Sequences, num_layers: int) -> Sequences:
+        """The sequences of `num_layers` layers, layer by layer. They serve any group of that many."""
         tokens = sequences.positions.shape[0]
-        reqs = sequences.seq_lens.shape[0]
-        slots = shift_slots(sequences.slots, num_layers, self.num_blocks * self.block_size)
-        positions = sequences.positions.repeat(num_layers)
-        seq_lens_bound = sequences.seq_lens_bound.repeat(num_layers)
-        metadata = self.group.build_metadata(
+        return replace(
+            sequences,
+            positions=sequences.positions.repeat(num_layers),
+            slots=shift_slots(sequences.slots, num_layers, self.layer_stride),
+            query_start_loc=_repeat_starts(sequences.query_start_loc, num_layers, tokens),
+            query_start_loc_cpu=_repeat_starts(sequences.query_start_loc_cpu, num_layers, tokens),
+            seq_lens=sequences.seq_lens.repeat(num_layers),
+            seq_lens_bound=sequences.seq_lens_bound.repeat(num_layers),
+            block_table=shift_block_table(sequences.block_table, num_layers, self.num_blocks),
+        )
+
+    def metadata(self, sequences: Sequences) -> Any:
+        """The attention backend's metadata for virtual sequences; it refers to their tensors."""
+        assert self.group is not None
+        return self.group.build_metadata(
             CommonAttentionMetadata(
-                query_start_loc=_repeat_starts(sequences.query_start_loc, num_layers, tokens),
-                query_start_loc_cpu=_repeat_starts(sequences.query_start_loc_cpu, num_layers, tokens),
-                seq_lens=sequences.seq_lens.repeat(num_layers),
-                seq_lens_cpu_upper_bound=seq_lens_bound,
-                num_reqs=num_layers * reqs,
-                num_actual_tokens=num_layers * tokens,
+                query_start_loc=sequences.query_start_loc,
+                query_start_loc_cpu=sequences.query_start_loc_cpu,
+                seq_lens=sequences.seq_lens,
+                seq_lens_cpu_upper_bound=sequences.seq_lens_bound,
+                num_reqs=sequences.seq_lens.shape[0],
+                num_actual_tokens=sequences.positions.shape[0],
                 max_query_len=sequences.max_query_len,
                 max_seq_len=sequences.max_seq_len,
-                block_table_tensor=shift_block_table(sequences.block_table, num_layers, self.num_blocks),
-                slot_mapping=slots,
-                positions=positions,
-                is_prefilling=torch.zeros(num_layers * reqs, dtype=torch.bool),
+                block_table_tensor=sequences.block_table,
+                slot_mapping=sequences.slots,
+                positions=sequences.positions,
+                is_prefilling=torch.zeros(sequences.seq_lens.shape[0], dtype=torch.bool),
             ),
             # No schedule in the builder's own buffer: a pass holds metadata for groups of several sizes at once.
             fast_build=True,
         )
-        return VirtualBatch(metadata, slots, positions)
 
 
 def _repeat_starts(starts: torch.Tensor, num_layers: int, tokens: int) -> torch.Tensor:
@@ -160,31 +160,109 @@ def _repeat_starts(starts: torch.Tensor, num_layers: int, tokens: int) -> torch.
     return torch.cat([(starts[:-1] + shifts).view(-1), starts[-1:] + (num_layers - 1) * tokens])
 
 
-@dataclass
 class PagedPass:
     """One pass over the drafter's pages. Implements `drafter.model.Attend`."""
 
-    pages: PagedKV
-    sequences: Sequences
-    batches: dict[int, VirtualBatch] = field(default_factory=dict)
+    def __init__(self, pages: PagedKV, sequences: Sequences):
+        self.pages = pages
+        self.sequences = sequences
+        self.virtual: dict[int, tuple[Sequences, Any]] = {}  # by layers: their sequences, and the backend's metadata
 
-    def _batch(self, num_layers: int) -> VirtualBatch:
-        if num_layers not in self.batches:
-            self.batches[num_layers] = self.pages.virtual(self.sequences, num_layers)
-        return self.batches[num_layers]
+    def _virtual(self, num_layers: int) -> tuple[Sequences, Any]:
+        if num_layers not in self.virtual:
+            sequences = self._repeated(num_layers)
+            self.virtual[num_layers] = sequences, self.pages.metadata(sequences)
+        return self.virtual[num_layers]
+
+    def _repeated(self, num_layers: int) -> Sequences:
+        return self.pages.virtual(self.sequences, num_layers)
 
     def positions_for(self, num_layers: int) -> torch.Tensor:
-        return self._batch(num_layers).positions
+        return self._virtual(num_layers)[0].positions
 
     def attend(self, layers: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        batch = self._batch(layers.stop - layers.start)
+        sequences, metadata = self._virtual(layers.stop - layers.start)
         layer = self.pages.layers[layers.start]
         cache = self.pages.pages(layers)
         if not layer.attn_backend.forward_includes_kv_cache_update:
-            layer.impl.do_kv_cache_update(layer, k, v, cache, batch.slots)
+            layer.impl.do_kv_cache_update(layer, k, v, cache, sequences.slots)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        layer.impl.forward(layer, q, k, v, cache, batch.metadata, output=out)
+        layer.impl.forward(layer, q, k, v, cache, metadata, output=out)
         return out
+
+
+class DecodePass(PagedPass):
+    """The passes of a fuzzy loop, one token a request; `advance` moves all requests on by a position, in place.
+
+    Where the attention backend can refresh its metadata on the device, nothing is built on the host between steps, so
+    the whole loop may be recorded in a CUDA graph.
+    """
+
+    def __init__(
+        self,
+        pages: PagedKV,
+        positions: torch.Tensor,
+        live: torch.Tensor,
+        block_table: torch.Tensor,
+        num_layers: int,
+        max_len: int,
+        max_seq_len: int,
+    ):
+        """positions: `[reqs] int64`, of the tokens before the first step's, changed by `advance`; live: `[reqs]
+        bool`, requests that write and read pages; block_table: `[reqs, width] int32`; num_layers: this rank's share of
+        the largest group; max_len: positions that the drafter may hold; max_seq_len: bound on the loop's positions.
+        """
+        reqs, device = positions.shape[0], positions.device
+        self.positions, self.live, self.max_len = positions, live, max_len
+        self.block_table = torch.where(live.unsqueeze(1), block_table, 0)
+        starts_cpu = torch.arange(num_layers * reqs + 1, dtype=torch.int32)
+        bound = min(max_seq_len, max_len)
+        # Layer by layer, so that the sequences of fewer layers are the first of these.
+        self.all_layers = Sequences(
+            positions=torch.empty(num_layers * reqs, dtype=torch.int64, device=device),
+            slots=torch.empty(num_layers * reqs, dtype=torch.int64, device=device),
+            query_start_loc=torch.arange(num_layers * reqs + 1, dtype=torch.int32, device=device),
+            query_start_loc_cpu=starts_cpu,
+            seq_lens=torch.empty(num_layers * reqs, dtype=torch.int32, device=device),
+            seq_lens_bound=torch.full_like(starts_cpu[1:], bound),
+            block_table=shift_block_table(self.block_table, num_layers, pages.num_blocks),
+            max_query_len=1,
+            max_seq_len=bound,
+        )
+        builder = pages.group.get_metadata_builder() if pages.group else None
+        self.builder = builder if builder and builder.supports_draft_decode_metadata_update else None
+        super().__init__(pages, self.all_layers)
+
+    def advance(self) -> None:
+        advance_draft_inputs(
+            self.positions,
+            self.live,
+            self.block_table,
+            self.all_layers.positions,
+            self.all_layers.slots,
+            self.all_layers.seq_lens,
+            self.pages.block_size,
+            self.pages.layer_stride,
+            self.max_len,
+        )
+        if self.builder is None:
+            self.virtual.clear()
+        else:
+            for _, metadata in self.virtual.values():
+                self.builder.update_draft_decode_metadata(metadata)
+
+    def _repeated(self, num_layers: int) -> Sequences:
+        of_all, rows = self.all_layers, num_layers * self.positions.shape[0]
+        return replace(
+            of_all,
+            positions=of_all.positions[:rows],
+            slots=of_all.slots[:rows],
+            query_start_loc=of_all.query_start_loc[: rows + 1],
+            query_start_loc_cpu=of_all.query_start_loc_cpu[: rows + 1],
+            seq_lens=of_all.seq_lens[:rows],
+            seq_lens_bound=of_all.seq_lens_bound[:rows],
+            block_table=of_all.block_table[:rows],
+        )
 
 
 @dataclass

@@ -1,0 +1,159 @@
+"""`DraftLoop`: the passes of a round, calibration and `K-1` fuzzy steps, each eager or replayed from a CUDA graph.
+
+Both ways run the same functions. What a graph reads lies in buffers that are never replaced; what it computes on the
+way lives in the graphs' memory pool. Round `n` of a request, newest token at position `P`: the calibration pass has
+made every position up to `P` precise and gives draft 1; fuzzy step `j` reads draft `j` at position `P + j`, writes its
+fuzzy K/V there, and gives draft `j + 1`.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from vllm_easyspec.batch import DraftBatch
+from vllm_easyspec.calibration import CalibrationLayout, CalibrationScheduler, CalibrationStep
+from vllm_easyspec.drafter.model import LayerParallelDrafter
+from vllm_easyspec.drafter.paged_kv import DecodePass, PagedKV, PagedPass
+from vllm_easyspec.drafter.plan import LayerPlan, Scope
+from vllm_easyspec.graphs import DraftGraph, DraftGraphs
+from vllm_easyspec.metrics import PassCounters
+
+# Samples draft `index` of the first `reqs` requests from their hidden states: (index, hidden, positions, reqs).
+Sample = Callable[[int, torch.Tensor, torch.Tensor, int], None]
+
+
+class DraftLoop:
+    def __init__(
+        self,
+        model: LayerParallelDrafter,
+        pages: PagedKV,
+        calibration: CalibrationScheduler,
+        block_table: torch.Tensor,
+        draft_tokens: torch.Tensor,
+        sample: Sample,
+    ):
+        """block_table: `[max reqs, width] int32`, vLLM's own, refilled each step; draft_tokens: `[max reqs, K] int64`,
+        which `sample` fills column by column."""
+        self.model = model
+        self.pages = pages
+        self.calibration = calibration
+        self.block_table = block_table
+        self.draft_tokens = draft_tokens
+        self.sample = sample
+        self.precise = LayerPlan.precise(model.shape.num_layers)
+        max_reqs, max_drafts = draft_tokens.shape
+        device = draft_tokens.device
+        self.positions = torch.zeros(max_reqs, dtype=torch.int64, device=device)  # of the newest token or draft
+        self.live = torch.zeros(max_reqs, dtype=torch.bool, device=device)
+        # What a calibration graph reads of a DraftBatch: start_positions, num_valid, sampled, newest; and input_ids.
+        self.requests = torch.zeros(4, max_reqs, dtype=torch.int64, device=device)
+        self.read_ids = torch.zeros(max_reqs * (max_drafts + 1), dtype=torch.int32, device=device)
+        self.layouts: dict[tuple[int, int], CalibrationLayout] = {}  # of graphs, which read them: (requests, rows)
+
+    # ---- eager ----
+
+    def calibrate(self, batch: DraftBatch, ablation: tuple[LayerPlan, Scope] | None = None) -> None:
+        """One precise pass over the new tokens, then draft 1. ablation: a plan for the generated ones instead."""
+        self.live[batch.num_reqs :] = False  # rows that a draft graph may add
+        # Padding rows may reach past the longest request, hence the further columns.
+        further = 1 + self.draft_tokens.shape[1] // self.pages.block_size
+        batch = replace(batch, block_table=torch.nn.functional.pad(batch.block_table, (0, further)))
+        step = self.calibration.plan(batch)
+        if ablation is None or batch.prefilling.all():
+            hidden = self._pass(step, self.precise, "attention")
+        elif not batch.prefilling.any():
+            hidden = self._pass(step, *ablation)
+        else:  # prompts are read precisely, generated tokens keep fuzzy K/V
+            precise = self._pass(self.calibration.only(step, batch, prefilling=True), self.precise, "attention")
+            fuzzy = self._pass(self.calibration.only(step, batch, prefilling=False), *ablation)
+            prefilling = torch.from_numpy(batch.prefilling).to(precise.device)
+            hidden = torch.where(prefilling.unsqueeze(1), precise, fuzzy)
+        self._first_draft(batch, step, hidden)
+
+    def draft(self, num_reqs: int, num_drafts: int, plan: LayerPlan, scope: Scope, max_seq_len: int) -> None:
+        """Drafts 2 to `num_drafts`. max_seq_len: bound on the sequence lengths in the loop."""
+        positions = self.positions[:num_reqs]
+        attention = DecodePass(
+            self.pages,
+            positions,
+            self.live[:num_reqs],
+            self.block_table[:num_reqs],
+            self.model.largest_share(plan),
+            self.calibration.max_len,
+            max_seq_len,
+        )
+        for index in range(1, num_drafts):
+            attention.advance()
+            hidden = self.model(self.draft_tokens[:num_reqs, index - 1], plan, scope, attention)
+            self.sample(index, hidden, positions, num_reqs)
+
+    def _pass(self, step: CalibrationStep, plan: LayerPlan, scope: Scope) -> torch.Tensor:
+        """Hidden states of the newest tokens, `[reqs, hidden]`."""
+        return self.model(step.input_ids, plan, scope, PagedPass(self.pages, step.sequences))[step.newest_rows]
+
+    def _first_draft(self, batch: DraftBatch, step: CalibrationStep, hidden: torch.Tensor) -> None:
+        self.positions[: batch.num_reqs] = step.newest_positions
+        self.live[: batch.num_reqs] = batch.sampled & (not batch.dummy)
+        if batch.num_drafts > 0:
+            self.sample(0, hidden, step.newest_positions, batch.num_reqs)
+
+    # ---- from graphs ----
+
+    def record(self, graphs: DraftGraphs, wanted: list[DraftGraph]) -> None:
+        """Capture the graphs. No page is written: no request is live while they are recorded."""
+        self.live.zero_()
+        self.requests.zero_()
+        for graph in wanted:
+            if graph.stage == "calibrate":
+                self._layout(graph)  # copied from the host, so before the capture
+        graphs.record(wanted, self._run)
+
+    def load(self, batch: DraftBatch, graph: DraftGraph) -> None:
+        """Put what a calibration graph reads where it reads it; the rows that it adds hold nothing."""
+        reqs, rows = batch.num_reqs, batch.num_reqs * graph.read
+        fields = (batch.start_positions, batch.num_valid, batch.sampled.long(), batch.newest)
+        torch.stack(fields, out=self.requests[:, :reqs])
+        self.requests[:, reqs : graph.num_reqs] = 0
+        self.read_ids[:rows] = batch.input_ids[:rows]
+
+    def _run(self, graph: DraftGraph) -> PassCounters:
+        self.model.counters = PassCounters()
+        reqs, max_len = graph.num_reqs or 0, self.calibration.max_len
+        if graph.stage == "calibrate":
+            batch, layout = self._graph_batch(graph), self._layout(graph)
+            step = self.calibration.plan(batch, layout)
+            self._first_draft(batch, step, self._pass(step, self.precise, "attention"))
+        else:
+            self.draft(reqs, graph.num_drafts, graph.plan, graph.scope, max_len)  # type: ignore[arg-type]
+        return self.model.counters
+
+    def _layout(self, graph: DraftGraph) -> CalibrationLayout:
+        key = graph.num_reqs or 0, graph.read
+        if key not in self.layouts:
+            query_lens = np.full(key[0], graph.read, dtype=np.int32)
+            self.layouts[key] = self.calibration.layout(query_lens, np.zeros(key[0], dtype=bool))
+        return self.layouts[key]
+
+    def _graph_batch(self, graph: DraftGraph) -> DraftBatch:
+        """The batch that `load` describes, as views of the buffers."""
+        reqs = graph.num_reqs or 0
+        start_positions, num_valid, sampled, newest = self.requests[:, :reqs]
+        live = sampled > 0
+        return DraftBatch(
+            num_reqs=reqs,
+            num_drafts=graph.num_drafts,
+            idx_mapping=live,  # not read
+            input_ids=self.read_ids[: reqs * graph.read],
+            query_starts=torch.arange(reqs, device=live.device) * graph.read,
+            start_positions=start_positions,
+            num_valid=num_valid,
+            sampled=live,
+            newest=newest,
+            block_table=torch.where(live.unsqueeze(1), self.block_table[:reqs], 0),
+            query_lens=np.full(reqs, graph.read, dtype=np.int32),
+            prefilling=np.zeros(reqs, dtype=bool),
+            seq_lens_bound=np.full(reqs, self.calibration.max_len - 1, dtype=np.int32),
+            dummy=False,
+        )
