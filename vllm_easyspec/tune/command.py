@@ -18,7 +18,7 @@ from vllm_easyspec.tune.planner import Point
 from vllm_easyspec.tune.prompts import read_prompts
 from vllm_easyspec.tune.report import html_report
 from vllm_easyspec.tune.tuner import BASELINES, Findings, Settings, Tuner
-from vllm_easyspec.tune.written import tuned_yaml
+from vllm_easyspec.tune.written import as_written, tuned_yaml
 
 
 def run(args: argparse.Namespace) -> str:
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> str:
     tuner = Tuner(engine_args, settings)
     about = surroundings(" ".join(["vllm-easyspec", *sys.argv[1:]])) | {
         "target": args.model,
-        "drafter": tuner.config.model,
+        "drafter": as_written(settings.config)["model"],
     }
     try:
         found = tuner.tune()

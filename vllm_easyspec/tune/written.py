@@ -21,7 +21,7 @@ def tuned_yaml(
 
     comments: lines for the head; notes: what to say about a point.
     """
-    given = {str(key).replace("-", "_"): value for key, value in yaml.safe_load(source.read_text()).items()}
+    given = as_written(source)
     for name in PATH_FIELDS:
         if str(given.get(name)).startswith(("./", "../")):
             given[name] = _from_folder(source.parent / given[name], out.parent)
@@ -41,6 +41,11 @@ def tuned_yaml(
     text = "\n".join(lines) + "\n" + (yaml.safe_dump(rest, sort_keys=False) if rest else "")
     EasySpecConfig.parse(yaml.safe_load(text), source=str(out))  # it must read back
     return text
+
+
+def as_written(source: Path) -> dict[str, Any]:
+    """The fields of a configuration in YAML or JSON, paths as they stand there."""
+    return {str(key).replace("-", "_"): value for key, value in yaml.safe_load(source.read_text()).items()}
 
 
 def _from_folder(path: Path, folder: Path) -> str:
