@@ -24,7 +24,7 @@ th:first-child, td:first-child, td.text, th.text { text-align: left; }
 .legend i { display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin-right: .35rem; }
 .grid { stroke: #e4e4e4; } .tick { font-size: 12px; fill: #444; } .label { font-size: 13px; fill: #222; }
 .title { font-size: 14px; font-weight: 600; } .note { background: #fff6e0; padding: .5rem .8rem; }
-pre { background: #f5f5f5; padding: .8rem; overflow-x: auto; font-size: 13px; }
+pre { background: #f5f5f5; padding: .8rem; white-space: pre-wrap; font-size: 13px; }
 """
 
 
