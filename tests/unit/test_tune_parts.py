@@ -6,6 +6,10 @@ import pytest
 
 from vllm_easyspec.cli import main
 from vllm_easyspec.config import ConfigError
+from vllm_easyspec.drafter.plan import LayerPlan
+from vllm_easyspec.tune.engine import WARM_ROUNDS, TunedEngine, Window
+from vllm_easyspec.tune.flights import Flights, Observation, in_turn
+from vllm_easyspec.tune.planner import Point, ScopedPlan
 from vllm_easyspec.tune.progress import Progress
 from vllm_easyspec.tune.prompts import read_prompts
 
@@ -105,6 +109,49 @@ def test_the_bar_ends_at_its_end():
         run(progress, phase, 3, 1.0)
         assert progress.bar.desc == phase
     assert progress.bar.n == pytest.approx(progress.bar.total)
+
+
+class Recorded(TunedEngine):
+    """An engine whose rounds all draft 5 tokens, whatever it is told."""
+
+    def __init__(self):
+        self.num_drafts_by_batch_size = [8] * 4
+        self.calls: list[tuple] = []
+
+    def rpc(self, method, **arguments):
+        self.calls.append((method, arguments))
+        return {"rounds_by_plan": [{"num_speculative_tokens": 5, "rounds": 9}], "stage_ms": {"draft": None}}
+
+    def fly(self, rounds: int) -> Window:
+        self.calls.append(("fly", rounds))
+        return Window(tokens=3 * rounds, seconds=0.01 * rounds, rounds=rounds)
+
+
+def test_a_point_is_set_then_warmed_up_then_counted_anew():
+    engine, plan = Recorded(), ScopedPlan(LayerPlan((2, 2)), "block")
+    window, stats = engine.measure(Point(plan, 5), 7)
+    assert engine.num_drafts_by_batch_size == [5] * 4
+    assert engine.calls == [
+        ("easyspec_configure", {"scope": "block", "group_sizes": [2, 2]}),
+        ("fly", WARM_ROUNDS),
+        ("easyspec_stats", {"reset": True}),
+        ("fly", 7),
+        ("easyspec_stats", {}),
+    ]
+    assert window.wall_ms == pytest.approx(10) and Observation.of(window, stats).stage_ms == {"draft": 0.0}
+    with pytest.raises(RuntimeError, match=r"were to draft 3 tokens, and drafted \[5\]"):
+        engine.measure(Point(plan, 3), 7)
+
+
+def test_flights_are_the_same_for_every_point_and_go_through_all_prompts():
+    prompts = [{"prompt_token_ids": [number] * number} for number in range(1, 8)]
+    flights = Flights(prompts, largest=4, most_drafts=3, rounds=16)
+    assert flights.longest == 7 + 1 + (4 + WARM_ROUNDS + 16) * 4
+    assert [len(flights.numbers(size, 0)) for size in (1, 4, 15, 64)] == [15, 4, 1, 1]
+    assert list(flights.numbers(4, 2)) == [8, 9, 10, 11]
+    taken = [prompt["prompt_token_ids"][0] for flight in flights.numbers(4, 0) for prompt in flights.batch(4, flight)]
+    assert taken == [1 + index % 7 for index in range(16)]
+    assert list(in_turn("abc", 0)) == list("abc") and list(in_turn("abc", 1)) == list("cba")
 
 
 WRONG = {
