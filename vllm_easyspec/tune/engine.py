@@ -20,6 +20,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from vllm_easyspec.config import ConfigError
 from vllm_easyspec.tune.planner import Point
 
 MULTIPROCESSING = "VLLM_ENABLE_V1_MULTIPROCESSING"
@@ -66,7 +67,10 @@ class Engine:
         return [answers[name] for name in names]
 
     def take_off(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
-        """Put new requests in flight in place of those that are, until each has been read and has a token."""
+        """Put new requests in flight in place of those that are, until each has been read and has a token.
+
+        Raises `ConfigError` where the K/V cache is too small for them.
+        """
         self.land()
         for prompt in prompts:
             self._add(prompt, params)
@@ -97,7 +101,10 @@ class Engine:
     def _step(self) -> None:
         for out in self.llm.step():
             if out.finished:
-                raise RuntimeError(f"request {out.request_id} ended in flight: its max_tokens are too few")
+                raise ConfigError(
+                    f"batch size {len(self.generated)}: a request ended before all were read, so the K/V cache holds "
+                    "fewer at once. Give vLLM more memory for it, or smaller batch_sizes"
+                )
             self.generated[out.request_id] = len(out.outputs[0].token_ids)
 
     def rpc(self, method: str, *args: Any, **kwargs: Any) -> Any:
