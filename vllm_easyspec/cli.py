@@ -93,6 +93,16 @@ def _integers(separator: str) -> Callable[[str], list[int]]:
     return integers
 
 
+def _at_least(least: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    return integer
+
+
 def _bench_draft_step(args: argparse.Namespace) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm_easyspec.bench.draft_step import measure
@@ -137,13 +147,21 @@ def _add_tune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     tune.add_argument("--batch-sizes", metavar="B,...", type=_integers(","), default=[1, 2, 4, 8, 16])
     tune.add_argument("--time-budget", metavar="SECONDS", type=float, help="for all, engine starts included")
     tune.add_argument("--tensor-parallel-size", "-tp", metavar="T", type=int, default=1, help="ranks (default: 1)")
-    tune.add_argument("--max-drafts", metavar="K", type=int, help="largest K tried (default: the YAML's, at least 8)")
-    tune.add_argument("--plans", metavar="N", type=int, default=12, help="plans to measure (default: 12)")
-    tune.add_argument("--max-group", metavar="N", type=int, default=8, help="layers in a group (default: at most 8)")
-    tune.add_argument("--prompt-tokens", metavar="N", type=int, default=256, help="of a prompt (default: at most 256)")
-    tune.add_argument("--new-tokens", metavar="N", type=int, default=64, help="to answer a prompt with (default: 64)")
-    tune.add_argument("--rounds", metavar="N", type=int, default=8, help="of a plan at a time (default: 8)")
-    tune.add_argument("--turns", metavar="N", type=int, default=3, help="that plans take (default: 3)")
+    tune.add_argument(
+        "--max-drafts", metavar="K", type=_at_least(2), help="largest K tried (default: the YAML's, at least 8)"
+    )
+    tune.add_argument("--plans", metavar="N", type=_at_least(0), default=12, help="plans to measure (default: 12)")
+    tune.add_argument(
+        "--max-group", metavar="N", type=_at_least(1), default=8, help="layers in a group (default: at most 8)"
+    )
+    tune.add_argument(
+        "--prompt-tokens", metavar="N", type=_at_least(1), default=256, help="of a prompt (default: at most 256)"
+    )
+    tune.add_argument(
+        "--new-tokens", metavar="N", type=_at_least(8), default=64, help="to answer a prompt with (default: 64)"
+    )
+    tune.add_argument("--rounds", metavar="N", type=_at_least(1), default=8, help="of a plan at a time (default: 8)")
+    tune.add_argument("--turns", metavar="N", type=_at_least(1), default=3, help="that plans take (default: 3)")
     tune.add_argument("--temperature", type=float, default=0.0, help="of the target's sampling (default: 0, greedy)")
     tune.add_argument(
         "--rate", choices=["wall", "stages"], help="time that choices rest on (default: wall; on a CPU stages)"

@@ -159,7 +159,7 @@ WRONG = {
     "no prompts": (["--prompts", "nowhere.jsonl"], "prompts='nowhere.jsonl' can't be read"),
     "batch sizes": (["--batch-sizes", "0,1"], r"batch_sizes=\[0, 1\] is not allowed"),
     "a baseline": (["--baselines", "eagle"], "'eagle' is none of untuned, draft_model, none"),
-    "K": (["--max-drafts", "1"], "max_drafts=1 is not allowed. Give at least 3"),
+    "K": (["--max-drafts", "2"], "max_drafts=2 is not allowed. Give at least 3"),
     "a speculative configuration": (["--", "--speculative-config", "{}"], "tune tries its own. Give --config"),
 }
 
@@ -177,3 +177,10 @@ def test_errors_of_the_command(tmp_path, monkeypatch, capsys, changes, message):
     assert main(["tune", *given, *changes]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("vllm-easyspec tune: error: ") and re.search(message, error)
+
+
+def test_numbers_have_a_least_value(capsys):
+    needed = ["--model", "a", "--config", "b", "--prompts", "c", "-o", "d"]
+    with pytest.raises(SystemExit):
+        main(["tune", *needed, "--new-tokens", "7"])
+    assert "argument --new-tokens: 7 is less than 8" in capsys.readouterr().err

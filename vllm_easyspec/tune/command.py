@@ -88,7 +88,7 @@ def _baselines(names: str) -> tuple[str, ...]:
     return chosen
 
 
-def _ratio(found: Findings, size: int) -> str:
+def _choice(found: Findings, size: int) -> str:
     """A size's choice in words."""
     point, rates = found.chosen()[size], found.rates(size)
     untuned = rates.get(found.untuned[size])
@@ -105,7 +105,7 @@ def _head(found: Findings, about: dict[str, Any], args: argparse.Namespace) -> l
         f"Tuned by: {about['command']}",
         f"On {machine}, vllm {versions['vllm']}, torch {versions['torch']}. Tokens a second "
         + ("by wall-clock:" if found.by_wall else "of the stages' time (calibrate, draft, verify):"),
-        *(f"  batch size {size}: {_ratio(found, size)}" for size in found.times),
+        *(f"  batch size {size}: {_choice(found, size)}" for size in found.times),
         *(f"Not finished: {part}" for part in found.unfinished),
     ]
 
@@ -119,7 +119,7 @@ def _notes(found: Findings) -> dict[Point, str]:
 
 
 def _summary(found: Findings, out: Path, report: str | None) -> str:
-    lines = [f"batch size {size:4}: {_ratio(found, size)}" for size in found.times]
+    lines = [f"batch size {size:4}: {_choice(found, size)}" for size in found.times]
     for name, rates in found.baselines.items():
         lines.append(f"{name}, wall-clock: " + ", ".join(f"{size}: {rate:.1f}" for size, rate in rates.items()))
     lines += [f"not finished: {part}" for part in found.unfinished]
