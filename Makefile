@@ -1,4 +1,4 @@
-# make install | demo | test | bench | gpu-check | lint | format | clean. Each does the set-up first where it is missing.
+# make install | demo | tune | test | bench | gpu-check | lint | format | clean. Each does the set-up first where missing.
 #
 # TARGET       cuda or cpu; by itself cuda where nvidia-smi lists a GPU
 # TORCH_INDEX  PyTorch's CPU wheel index, for a CPU host whose pip does not know one
@@ -14,7 +14,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed-$(TARGET)
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 
-.PHONY: install demo test bench gpu-check lint lint-cuda format clean
+.PHONY: install demo tune test bench gpu-check lint lint-cuda format clean
 
 install: $(INSTALLED)
 
@@ -29,6 +29,15 @@ $(BIN)/pip:
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py $(ARGS)
+
+# The tiny pair's tuned configuration, from held-out prompts; ARGS may add a time budget and the like.
+tune: $(INSTALLED)
+	mkdir -p build
+	$(BIN)/python examples/tiny-pair/held_out.py build/prompts.jsonl
+	$(BIN)/vllm-easyspec tune --model examples/tiny-pair/target --config configs/tiny-pair.yaml \
+		--prompts build/prompts.jsonl -o configs/tiny-pair-tuned.yaml --report build/tiny-pair-tuned.html \
+		--json benchmarks/results/tune-cpu.json $(ARGS) -- --dtype float32 --max-model-len 1024 \
+		--kv-cache-memory-bytes 256M --enforce-eager
 
 test: $(INSTALLED)
 	$(BIN)/pytest $(ARGS)

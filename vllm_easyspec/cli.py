@@ -29,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_doctor(commands)
     _add_schema(commands)
     _add_bench(commands)
+    _add_tune(commands)
     return parser
 
 
@@ -128,6 +129,16 @@ def _integers(separator: str) -> Callable[[str], list[int]]:
     return integers
 
 
+def _at_least(least: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    return integer
+
+
 def _bench_draft_step(args: argparse.Namespace) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm_easyspec.bench import plot, report
@@ -211,6 +222,57 @@ def _bench_engine(args: argparse.Namespace) -> None:
 
 def _progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _add_tune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    tune = commands.add_parser(
+        "tune", help="find the plan and the K that draft fastest for a pair, by batch size, and write them as YAML"
+    )
+    tune.add_argument("--model", metavar="TARGET", required=True, help="a folder or a hub name")
+    tune.add_argument("--config", metavar="YAML", required=True, help="the untuned configuration")
+    tune.add_argument(
+        "--prompts", metavar="FILE", required=True, help="JSON lines with prompt, text or turns; or lines"
+    )
+    tune.add_argument("-o", dest="out", metavar="YAML", required=True, help="write the tuned configuration here")
+    tune.add_argument("--report", metavar="HTML", help="write a report with plots here")
+    tune.add_argument("--json", metavar="FILE", help="keep all that was measured here")
+    tune.add_argument("--batch-sizes", metavar="B,...", type=_integers(","), default=[1, 2, 4, 8, 16])
+    tune.add_argument("--time-budget", metavar="SECONDS", type=float, help="for all, engine starts included")
+    tune.add_argument("--tensor-parallel-size", "-tp", metavar="T", type=int, default=1, help="ranks (default: 1)")
+    tune.add_argument(
+        "--max-drafts", metavar="K", type=_at_least(2), help="largest K tried (default: the YAML's, at least 8)"
+    )
+    tune.add_argument("--plans", metavar="N", type=_at_least(0), default=12, help="plans to measure (default: 12)")
+    tune.add_argument(
+        "--max-group", metavar="N", type=_at_least(1), default=8, help="layers in a group (default: at most 8)"
+    )
+    tune.add_argument(
+        "--prompt-tokens", metavar="N", type=_at_least(1), default=256, help="of a prompt (default: at most 256)"
+    )
+    tune.add_argument(
+        "--new-tokens", metavar="N", type=_at_least(8), default=64, help="to answer a prompt with (default: 64)"
+    )
+    tune.add_argument("--rounds", metavar="N", type=_at_least(1), default=8, help="of a plan at a time (default: 8)")
+    tune.add_argument("--turns", metavar="N", type=_at_least(1), default=3, help="that plans take (default: 3)")
+    tune.add_argument("--temperature", type=float, default=0.0, help="of the target's sampling (default: 0, greedy)")
+    tune.add_argument(
+        "--rate", choices=["wall", "stages"], help="time that choices rest on (default: wall; on a CPU stages)"
+    )
+    tune.add_argument(
+        "--baselines",
+        metavar="NAME,...",
+        default="untuned,draft_model,none",
+        help="engines to compare with at the end (default: untuned,draft_model,none; an empty text for no comparison)",
+    )
+    tune.add_argument("engine_arguments", nargs="*", metavar="-- VLLM_OPTION", help="such as -- --dtype bfloat16")
+    tune.set_defaults(run=_tune)
+
+
+def _tune(args: argparse.Namespace) -> None:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm_easyspec.tune.command import run
+
+    print(run(args))
 
 
 if __name__ == "__main__":

@@ -264,6 +264,7 @@ def check_drafter(config: "SpeculativeConfig", layer_parallel: LayerParallelConf
             "Give its unquantized checkpoint"
         )
     layer_parallel.plan(shape.num_layers)
+    layer_parallel.plan_table(shape.num_layers)
     check_vocabulary(shape.vocab_size, target.get_vocab_size(), lambda: _target_token_ids(target))
 
 
