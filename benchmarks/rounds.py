@@ -1,8 +1,10 @@
 """Tokens a round, acceptance by position, and stage times of the tiny pair: several plans in one engine a rank count.
 
 Held-out text (the files that training left out, `examples/tiny-pair/report.json`), greedy, float32, one request at a
-time. Plans take turns, repetition by repetition; times are medians over all rounds. Every output is compared with the
-precise plan's. JSON last; --json FILE keeps it.
+time unless --batch says otherwise. Plans take turns, repetition by repetition; times are medians over all rounds. Every
+output is compared with the precise plan's. --lookahead FILE runs every fuzzy plan without and with its look-ahead maps;
+--own takes the drafter for the target, so that acceptance is the own rate: the share of drafts that the drafter's own
+precise pass confirms. JSON last; --json FILE keeps it.
 """
 
 import argparse
@@ -41,24 +43,38 @@ def held_out_prompts(count: int, tokens: int) -> list[list[int]]:
     return prompts[:: max(1, len(prompts) // count)][:count]
 
 
-def measure(ranks: int, prompts: list[list[int]], new_tokens: int, repetitions: int) -> list[dict]:
+def plans(lookahead: Path | None) -> dict[str, dict]:
+    """Arguments of `easyspec_configure` by name."""
+    if lookahead is None:
+        return PLANS
+    without = {name: plan | {"lookahead": False} for name, plan in PLANS.items()}
+    with_maps = {f"{name} + maps": plan | {"lookahead": True} for name, plan in PLANS.items() if name != "precise"}
+    return without | with_maps
+
+
+def measure(ranks: int, args: argparse.Namespace) -> list[dict]:
+    prompts = [{"prompt_token_ids": ids} for ids in held_out_prompts(args.prompts, args.prompt_tokens)]
+    config = dict(method="easyspec", model=str(PAIR / "drafter"), num_speculative_tokens=DRAFTS)
+    if args.lookahead is not None:
+        config["lookahead"] = str(args.lookahead)
     llm = LLM(
-        str(PAIR / "target"),
+        str(PAIR / ("drafter" if args.own else "target")),
         dtype="float32",
         tensor_parallel_size=ranks,
         max_model_len=512,
-        max_num_seqs=4,
+        max_num_seqs=max(4, args.batch),
         enable_prefix_caching=False,
         kv_cache_memory_bytes=1 << 28,
-        speculative_config=dict(method="easyspec", model=str(PAIR / "drafter"), num_speculative_tokens=DRAFTS),
+        speculative_config=config,
     )
-    params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
-    snapshots: dict[str, list[dict]] = {name: [] for name in PLANS}
+    params = SamplingParams(temperature=0, max_tokens=args.new_tokens, ignore_eos=True, detokenize=False)
+    snapshots: dict[str, list[dict]] = {name: [] for name in plans(args.lookahead)}
     expected = None
-    for _ in range(repetitions):
-        for name, plan in PLANS.items():
+    for _ in range(args.repetitions):
+        for name, plan in plans(args.lookahead).items():
             llm.collective_rpc("easyspec_configure", kwargs=plan)
-            outs = [llm.generate([{"prompt_token_ids": p}], params, use_tqdm=False)[0].outputs[0] for p in prompts]
+            batches = [prompts[start : start + args.batch] for start in range(0, len(prompts), args.batch)]
+            outs = [out.outputs[0] for batch in batches for out in llm.generate(batch, params, use_tqdm=False)]
             tokens = [list(out.token_ids) for out in outs]
             expected = expected or tokens
             if tokens != expected:
@@ -79,6 +95,7 @@ def row(ranks: int, name: str, repeated: list[dict]) -> dict:
         "plan": name,
         "tokens_a_round": first["tokens_a_round"],
         "acceptance": first["acceptance"],
+        "mean_acceptance": round(sum(first["acceptance"]) / DRAFTS, 4),
         "calibrate_ms": round(stage("calibrate"), 2),
         "step_ms": round(stage("draft") / (DRAFTS - 1), 2),
         "verify_ms": round(stage("verify"), 2),
@@ -92,16 +109,19 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--lookahead", metavar="FILE", type=Path)
+    parser.add_argument("--own", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    prompts = held_out_prompts(args.prompts, args.prompt_tokens)
-    rows = [r for ranks in args.ranks for r in measure(ranks, prompts, args.new_tokens, args.repetitions)]
-    print("| ranks | plan | tokens a round | acceptance by position | calibrate ms | fuzzy step ms | verify ms |")
-    print("|---|---|---|---|---|---|---|")
+    rows = [r for ranks in args.ranks for r in measure(ranks, args)]
+    print("| ranks | plan | tokens a round | acceptance | by position | calibrate ms | fuzzy step ms | verify ms |")
+    print("|---|---|---|---|---|---|---|---|")
     for r in rows:
         by_position = " ".join(f"{a:.2f}" for a in r["acceptance"])
         times = " | ".join(f"{r[key]:.2f}" for key in ("calibrate_ms", "step_ms", "verify_ms"))
-        print(f"| {r['ranks']} | {r['plan']} | {r['tokens_a_round']:.2f} | {by_position} | {times} |")
+        acceptance = f"{r['tokens_a_round']:.2f} | {r['mean_acceptance']:.3f} | {by_position}"
+        print(f"| {r['ranks']} | {r['plan']} | {acceptance} | {times} |")
     result = surroundings(" ".join(["benchmarks/rounds.py", *sys.argv[1:]])) | {
         "settings": {"num_speculative_tokens": DRAFTS, **vars(args)},
         "rows": rows,

@@ -296,16 +296,19 @@ Tensor norm_and_project(const Tensor& x,
                         int64_t first,
                         int64_t layers,
                         double eps) {
-  STD_TORCH_CHECK(x.dim() == 2 && weights.dim() == 3, "x or weights has the wrong number of dimensions");
-  const int64_t tokens = x.size(0), hidden = weights.size(1), columns = weights.size(2);
+  const bool one_input = x.dim() == 2;
+  STD_TORCH_CHECK((one_input || (x.dim() == 3 && x.size(0) == layers)) && weights.dim() == 3,
+                  "x or weights has the wrong number of dimensions, or x another number of layers");
+  const int64_t tokens = x.size(x.dim() - 2), hidden = weights.size(1), columns = weights.size(2);
   const ScalarType dtype = x.scalar_type();
-  check_contiguous(x, "x", dtype, tokens * hidden);
+  check_contiguous(x, "x", dtype, (one_input ? 1 : layers) * tokens * hidden);
   check_stacked(norms, "norms", dtype, first, layers, hidden);
   check_stacked(weights, "weights", dtype, first, layers, hidden * columns);
   check_stacked(bias, "bias", dtype, first, layers, columns);
   Tensor out = torch::stable::new_empty(x, {layers, tokens, columns});
   const NormAndProject args{
       .x = x.data_ptr(),
+      .layer_step = one_input ? 0 : tokens * hidden,
       .norms = rows_from(norms, first),
       .weights = rows_from(weights, first),
       .bias = rows_from(bias, first),
@@ -399,6 +402,54 @@ Tensor sum_of_mlps(const Tensor& inputs,
   return out;
 }
 
+Tensor look_ahead(const Tensor& x,
+                  const Tensor& h,
+                  const Tensor& previous,
+                  const Tensor& down,
+                  const Tensor& up,
+                  const Tensor& bias,
+                  int64_t layers,
+                  double eps) {
+  const bool one_input = x.dim() == 2;
+  STD_TORCH_CHECK((one_input || (x.dim() == 3 && x.size(0) == layers)) && h.dim() == 2 && down.dim() == 3,
+                  "x, h or down has the wrong number of dimensions, or x another number of layers");
+  const int64_t tokens = h.size(0), hidden = h.size(1), inputs = down.size(1), rank = down.size(2);
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(inputs == (one_input ? 2 : 3) * hidden, "down does not fit the features");
+  check_contiguous(x, "x", dtype, (one_input ? 1 : layers) * tokens * hidden);
+  check_contiguous(h, "h", dtype, tokens * hidden);
+  check_contiguous(previous, "previous", dtype, tokens * hidden);
+  check_stacked(down, "down", dtype, 0, layers, inputs * rank);
+  check_stacked(up, "up", dtype, 0, layers, rank * hidden);
+  check_stacked(bias, "bias", dtype, 0, layers, hidden);
+  Tensor out = torch::stable::new_empty(x, {layers, tokens, hidden});
+  const int64_t rows = (one_input ? 1 : layers) * tokens;
+  float* memory = scratch(rows * inputs + layers * tokens * rank);
+  const LookAhead args{
+      .x = x.data_ptr(),
+      .layer_step = one_input ? 0 : tokens * hidden,
+      .h = h.data_ptr(),
+      .previous = previous.data_ptr(),
+      .down = down.data_ptr(),
+      .up = up.data_ptr(),
+      .bias = bias.data_ptr(),
+      .out = out.data_ptr(),
+      .features = memory,
+      .thin = memory + rows * inputs,
+      .layers = layers,
+      .tokens = tokens,
+      .hidden = hidden,
+      .inputs = inputs,
+      .rank = rank,
+      .eps = static_cast<float>(eps),
+      .dtype = dtype_of(x, "x"),
+  };
+  run_phase(features_phase, args, rows, inputs);
+  run_phase(thin_phase, args, layers * num_tiles(rank), tokens * inputs * kTile);
+  run_phase(up_phase, args, layers * num_tiles(hidden), tokens * rank * kTile);
+  return out;
+}
+
 }  // namespace
 }  // namespace easyspec
 
@@ -411,6 +462,7 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CPU, library) {
   library.impl("norm_and_project", TORCH_BOX(&easyspec::norm_and_project));
   library.impl("project_among_zeros", TORCH_BOX(&easyspec::project_among_zeros));
   library.impl("sum_of_mlps", TORCH_BOX(&easyspec::sum_of_mlps));
+  library.impl("look_ahead", TORCH_BOX(&easyspec::look_ahead));
 }
 
 #ifdef EASYSPEC_CUDA

@@ -18,9 +18,10 @@ void norm_phase(const NormAndProject& a, int64_t begin, int64_t end) {
   with_type(a.dtype, [&](auto type) {
     using T = decltype(type);
     for (int64_t token = begin; token < end; ++token) {
-      const T* x = static_cast<const T*>(a.x) + token * a.hidden;
-      const float scale = inverse_rms(x, a.hidden, a.eps, HostLane{});
+      float scale = 0;
       for (int64_t layer = 0; layer < a.layers; ++layer) {
+        const T* x = static_cast<const T*>(a.x) + layer * a.layer_step + token * a.hidden;
+        if (layer == 0 || a.layer_step) scale = inverse_rms(x, a.hidden, a.eps, HostLane{});
         const T* norm = static_cast<const T*>(a.norms) + layer * a.hidden;
         float* out = a.normed + (layer * a.tokens + token) * a.hidden;
         for (int64_t i = 0; i < a.hidden; ++i) out[i] = to_float(x[i]) * scale * to_float(norm[i]);
@@ -149,6 +150,66 @@ void down_phase(const SumOfMlps& a, int64_t begin, int64_t end) {
                   inner,
                   a.hidden,
                   tile);
+    }
+  });
+}
+
+void features_phase(const LookAhead& a, int64_t begin, int64_t end) {
+  with_type(a.dtype, [&](auto type) {
+    using T = decltype(type);
+    const auto scaled = [&](const T* x, float* out) {
+      const float scale = inverse_rms(x, a.hidden, a.eps, HostLane{});
+      for (int64_t i = 0; i < a.hidden; ++i) out[i] = to_float(x[i]) * scale;
+    };
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t layer = row / a.tokens, token = row % a.tokens;
+      float* out = a.features + row * a.inputs;
+      const T* previous = static_cast<const T*>(a.previous) + token * a.hidden;
+      scaled(static_cast<const T*>(a.h) + token * a.hidden, out);
+      for (int64_t i = 0; i < a.hidden; ++i) out[a.hidden + i] = to_float(previous[i]);
+      if (a.inputs > 2 * a.hidden) {
+        scaled(static_cast<const T*>(a.x) + layer * a.layer_step + token * a.hidden, out + 2 * a.hidden);
+      }
+    }
+  });
+}
+
+void thin_phase(const LookAhead& a, int64_t begin, int64_t end) {
+  with_type(a.dtype, [&](auto type) {
+    using T = decltype(type);
+    const int64_t tiles = num_tiles(a.rank);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t layer = task / tiles;
+      matmul_tile(a.features + (a.layer_step ? layer * a.tokens * a.inputs : 0),
+                  a.inputs,
+                  static_cast<const T*>(a.down) + layer * a.inputs * a.rank,
+                  static_cast<const T*>(nullptr),
+                  static_cast<const T*>(nullptr),
+                  a.thin + layer * a.tokens * a.rank,
+                  a.tokens,
+                  a.inputs,
+                  a.rank,
+                  task % tiles);
+    }
+  });
+}
+
+void up_phase(const LookAhead& a, int64_t begin, int64_t end) {
+  with_type(a.dtype, [&](auto type) {
+    using T = decltype(type);
+    const int64_t tiles = num_tiles(a.hidden);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t layer = task / tiles;
+      matmul_tile(a.thin + layer * a.tokens * a.rank,
+                  a.rank,
+                  static_cast<const T*>(a.up) + layer * a.rank * a.hidden,
+                  static_cast<const T*>(a.bias) + layer * a.hidden,
+                  static_cast<const T*>(a.x) + layer * a.layer_step,
+                  static_cast<T*>(a.out) + layer * a.tokens * a.hidden,
+                  a.tokens,
+                  a.rank,
+                  a.hidden,
+                  task % tiles);
     }
   });
 }

@@ -20,9 +20,10 @@ struct EmbedShard {
 
 void embed_shard_phase(const EmbedShard& args, int64_t begin, int64_t end);  // tokens
 
-// Norm and projection of a group's queries, keys and values, from one input.
+// Norm and projection of a group's queries, keys and values, from one input or one a layer.
 struct NormAndProject {
-  const void* x;        // [tokens, hidden]
+  const void* x;        // [tokens, hidden], or [layers, tokens, hidden]
+  int64_t layer_step;   // elements from a layer's input to the next one's, 0 for one input
   const void* norms;    // [layers, hidden]
   const void* weights;  // [layers, hidden, columns]
   const void* bias;     // [layers, columns], or none
@@ -79,5 +80,30 @@ struct SumOfMlps {
 void norm_phase(const SumOfMlps& args, int64_t begin, int64_t end);     // layers x tokens
 void gate_up_phase(const SumOfMlps& args, int64_t begin, int64_t end);  // layers x tiles of the width
 void down_phase(const SumOfMlps& args, int64_t begin, int64_t end);     // tiles of columns
+
+// What layers of a group read in place of x: x + [h / rms(h), previous (, x / rms(x))] times down times up + bias.
+struct LookAhead {
+  const void* x;         // [tokens, hidden], or [layers, tokens, hidden]
+  int64_t layer_step;    // elements from a layer's x to the next one's, 0 for one x
+  const void* h;         // [tokens, hidden]
+  const void* previous;  // [tokens, hidden]
+  const void* down;      // [layers, inputs, rank]
+  const void* up;        // [layers, rank, hidden]
+  const void* bias;      // [layers, hidden]
+  void* out;             // [layers, tokens, hidden]
+  float* features;       // [layers or 1, tokens, inputs]
+  float* thin;           // [layers, tokens, rank]
+  int64_t layers;
+  int64_t tokens;
+  int64_t hidden;
+  int64_t inputs;  // 2 or 3 times hidden
+  int64_t rank;
+  float eps;
+  DType dtype;
+};
+
+void features_phase(const LookAhead& args, int64_t begin, int64_t end);  // layers x tokens, or tokens
+void thin_phase(const LookAhead& args, int64_t begin, int64_t end);      // layers x tiles of the rank
+void up_phase(const LookAhead& args, int64_t begin, int64_t end);        // layers x tiles of columns
 
 }  // namespace easyspec

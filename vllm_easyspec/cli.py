@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vllm_easyspec.bench import BenchmarkError
-from vllm_easyspec.config import ConfigError, EasySpecConfig
+from vllm_easyspec.config import ConfigError, EasySpecConfig, LayerParallelConfig
 from vllm_easyspec.versions import UnsupportedVllmError
 
 
@@ -30,6 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_schema(commands)
     _add_bench(commands)
     _add_tune(commands)
+    _add_fit(commands)
     return parser
 
 
@@ -273,6 +274,72 @@ def _tune(args: argparse.Namespace) -> None:
     from vllm_easyspec.tune.command import run
 
     print(run(args))
+
+
+def _add_fit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    fit = commands.add_parser("fit", help="fit look-ahead maps, which let more layers run side by side")
+    fit.add_argument("--drafter", metavar="PATH", required=True, help="a checkpoint's folder")
+    fit.add_argument(
+        "--text", metavar="FILE", type=Path, nargs="+", required=True, help="plain text, or JSONL of prompts"
+    )
+    fit.add_argument("--output", "-o", metavar="FILE", type=Path, default=Path("lookahead.safetensors"))
+    fit.add_argument(
+        "--plans",
+        metavar="SIZES",
+        type=_integers("-"),
+        nargs="+",
+        help="plans to fit for, such as 1-4-4-1 1-8-1 (default: groups of 4); maps serve shorter groups too",
+    )
+    fit.add_argument(
+        "--longest-group", metavar="N", type=int, default=1, help="also maps for every group of up to N layers"
+    )
+    fit.add_argument("--rank", metavar="R", type=int, help="of the maps (default: the lowest that fits nearly as well)")
+    fit.add_argument("--ranks", metavar="T", type=int, default=1, help="tensor-parallel processes (default: 1)")
+    fit.add_argument("--tokens", metavar="N", type=int, default=40_000, help="tokens to read (default: 40000)")
+    fit.add_argument("--length", metavar="N", type=int, default=256, help="tokens a sequence (default: 256)")
+    fit.add_argument("--num-speculative-tokens", metavar="K", type=int, default=5, help="drafts a round (default: 5)")
+    fit.add_argument(
+        "--own",
+        metavar="SHARE",
+        type=float,
+        default=0.5,
+        help="share of the sequences that the drafter goes on with itself after a quarter (default: 0.5)",
+    )
+    fit.add_argument("--ridge", type=float, default=1e-3, help="penalty, as a share of a feature's variance")
+    fit.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
+    fit.set_defaults(run=_fit)
+
+
+def _fit(args: argparse.Namespace) -> None:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm_easyspec.support import read_drafter
+    from vllm_easyspec.tune.fit import FitSettings, fit
+
+    plan = LayerParallelConfig().plan(read_drafter(args.drafter, None).num_layers)
+    settings = FitSettings(
+        plans=tuple(map(tuple, args.plans)) if args.plans else (plan.group_sizes,),
+        longest_group=args.longest_group,
+        rank=args.rank,
+        tokens=args.tokens,
+        length=args.length,
+        num_drafts=args.num_speculative_tokens,
+        own=args.own,
+        ridge=args.ridge,
+        dtype=args.dtype,
+    )
+    report = fit(args.drafter, args.text, args.output, args.ranks, settings)
+    print("layer | group start | R2 of the attention map | R2 of the MLP map (block scope)")
+    for name, r2 in report["r2"].items():
+        kind, start, layer = name.split(".")
+        if kind == "attention":
+            print(f"{layer:>5} | {start:>11} | {r2:23.2f} | {report['r2'][f'mlp.{start}.{layer}']:.2f}")
+    print("plan      | scope     | drafts confirmed by the precise pass: without maps | with")
+    for row in report["own_rate"]:
+        plan_name = "-".join(map(str, row["group_sizes"]))
+        print(f"{plan_name:9} | {row['scope']:9} | {row['without']:50.1%} | {row['with']:.1%}")
+    by_rank = ", ".join(f"{r2:.3f} at {rank}" for rank, r2 in report["r2_by_rank"].items())
+    print(f"rank {report['rank']} (mean held-out R2 by rank: {by_rank})")
+    print(f"wrote {args.output}, {args.output.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

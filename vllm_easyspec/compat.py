@@ -200,7 +200,7 @@ def _teach_speculative_config(original: Callable[..., Any]) -> Callable[..., Any
                 "target_model_config": target_model_config,
                 "target_parallel_config": target_parallel_config,
             },
-            RuntimeOptions.model_validate(self.additional_config[OPTIONS_KEY]),
+            RuntimeOptions.from_json(self.additional_config[OPTIONS_KEY]),
         )
 
     return create_speculative_config
@@ -218,6 +218,7 @@ def _build_speculative_config(fields: dict[str, Any], options: RuntimeOptions) -
             + "; ".join(" ".join(cause.split()) for cause in causes)
         ) from error
     support.check_drafter(built, options.layer_parallel)
+    support.check_maps(built, options)
     return built
 
 

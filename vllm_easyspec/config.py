@@ -18,6 +18,7 @@ from vllm_easyspec.drafter.plan import LayerPlan, Scope
 
 METHOD = "easyspec"
 OPTIONS_KEY = "easyspec"  # in vLLM's additional_config
+LOOKAHEAD_HASH_KEY = "lookahead_sha256"  # beside the options there
 
 MlpMode = Literal["auto", "tensor", "replicate"]
 Calibration = Literal["every_round", "never"]
@@ -174,6 +175,10 @@ class LayerParallelConfig(PlanConfig):
             for index, entry in enumerate(self.by_batch_size)
         )
 
+    def all_plans(self, num_layers: int) -> list[LayerPlan]:
+        """Every plan that some batch size takes. Raises `ConfigError` as `plan` does."""
+        return [self.plan(num_layers), *(plan for _, plan, _ in self.plan_table(num_layers))]
+
     def to_json(self) -> dict[str, Any]:
         fields = super().to_json()
         del fields["by_batch_size"]
@@ -200,6 +205,9 @@ class RuntimeOptions(_Strict):
         default=False,
         description="true or false; true asserts every round that all ranks drafted the same tokens (debugging)",
     )
+    lookahead: str | None = Field(
+        default=None, min_length=1, description="a file of look-ahead maps, which vllm-easyspec fit writes"
+    )
 
     @classmethod
     def from_vllm(cls, vllm_config: Any) -> "RuntimeOptions":
@@ -210,7 +218,12 @@ class RuntimeOptions(_Strict):
                 f"additional_config={additional!r} holds no {OPTIONS_KEY!r} options. Don't set worker_cls yourself: "
                 "give vLLM a speculative_config with method: easyspec"
             )
-        return cls.model_validate(additional[OPTIONS_KEY])
+        return cls.from_json(additional[OPTIONS_KEY])
+
+    @classmethod
+    def from_json(cls, options: Mapping[str, Any]) -> "RuntimeOptions":
+        """The options in `additional_config`: what `to_json` gave, with a hash beside it where a file is named."""
+        return cls.model_validate({key: value for key, value in options.items() if key != LOOKAHEAD_HASH_KEY})
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON that reads back to the same options (vLLM hashes `additional_config` as JSON)."""
@@ -219,6 +232,7 @@ class RuntimeOptions(_Strict):
             "calibration": self.calibration,
             "grouped_attention": self.grouped_attention,
             "check_ranks": self.check_ranks,
+            **({"lookahead": self.lookahead} if self.lookahead else {}),
         }
 
 
@@ -295,7 +309,13 @@ class EasySpecConfig(RuntimeOptions):
         if self.draft_sample_method != "probabilistic":
             passed_through.setdefault("use_local_argmax_reduction", True)
         # 1 passes vLLM's check of the head counts at any rank count, and Model Runner V2 reads it nowhere else.
-        return {"method": "draft_model", **passed_through, "draft_tensor_parallel_size": 1}, options.to_json()
+        speculative_config = {"method": "draft_model", **passed_through, "draft_tensor_parallel_size": 1}
+        if self.lookahead is None:
+            return speculative_config, options.to_json()
+        from vllm_easyspec.lookahead import content_hash
+
+        # vLLM tells configurations apart by a hash of the options, and a path says nothing of what lies there.
+        return speculative_config, options.to_json() | {LOOKAHEAD_HASH_KEY: content_hash(self.lookahead)}
 
     def check_model(self) -> None:
         """Raise `ConfigError` where `model` is a path on this machine without a model behind it."""
@@ -316,7 +336,8 @@ def is_path(value: Any) -> bool:
 def load(value: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """Read a path to YAML or JSON, inline JSON, or a dict into a plain dict, of whatever method. Raises `ConfigError`.
 
-    In an easyspec file a `model` that begins with ./ or ../ counts from the file's folder; nothing else is changed.
+    In an easyspec file a `model` or `lookahead` that begins with ./ or ../ counts from the file's folder; nothing else
+    is changed.
     """
     if isinstance(value, Mapping):
         return dict(value)
@@ -324,9 +345,11 @@ def load(value: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         return _mapping(_parse_json(str(value), "the inline configuration"), "the inline configuration")
     path = Path(value).expanduser()
     config = _mapping(_parse_file(path), str(path))
-    model = config.get("model")
-    if is_easyspec(config) and isinstance(model, str) and model.startswith(("./", "../")):
-        config["model"] = str((path.parent / model).resolve())
+    if is_easyspec(config):
+        for name in ("model", "lookahead"):
+            written = config.get(name)
+            if isinstance(written, str) and written.startswith(("./", "../")):
+                config[name] = str((path.parent / written).resolve())
     return config
 
 

@@ -8,6 +8,7 @@ from vllm_easyspec import support
 from vllm_easyspec.config import ConfigError, EasySpecConfig
 from vllm_easyspec.drafter.architectures import DrafterShape
 from vllm_easyspec.drafter.placement import LayerPlacement, MlpPlacement, choose_mlp
+from vllm_easyspec.lookahead import check_lookahead
 from vllm_easyspec.versions import Support, installed, require_supported, vllm_version
 
 VOCABULARY_PADDING = 64  # vLLM pads the vocabulary to a multiple of this before it cuts it over the ranks
@@ -61,12 +62,16 @@ def diagnose(
     plan = config.layer_parallel.plan(shape.num_layers)
     scope = config.layer_parallel.scope
     table = config.layer_parallel.plan_table(shape.num_layers)
+    plans = config.layer_parallel.all_plans(shape.num_layers)
     vocabulary = _vocabulary(shape, target)
     # A drafter takes the target's type, and `auto` loads float32 checkpoints at 16 bits too.
     itemsize = 4 if dtype == "float32" else 2
     device = device or _this_device()
     mlp = choose_mlp(config.layer_parallel.mlp, shape, num_ranks, itemsize, device)
     placement = LayerPlacement(shape.num_layers, num_ranks)
+    maps = "none"
+    if config.lookahead is not None:
+        maps = check_lookahead(config.lookahead, config.model, config.revision, shape, plans).describe()
     return [
         f"drafter     {config.model}: {shape.architecture}, {shape.num_layers} layers, {shape.num_heads} heads, "
         f"{shape.num_kv_heads} K/V heads of {shape.head_dim}, hidden {shape.hidden_size}, vocabulary "
@@ -75,6 +80,7 @@ def diagnose(
         f"plan        {plan}, scope {scope}: {plan.sequential_steps(scope)} sublayers one after another where the "
         f"precise pass has {2 * shape.num_layers}",
         *(f"by batch    {f'up to {up_to}' if up_to else 'beyond'}: {p}, scope {s}" for up_to, p, s in table),
+        f"lookahead   {maps}",
         f"MLPs        {mlp.value} ({config.layer_parallel.mlp}, on {device})",
         *_rank_lines(shape, placement, mlp, itemsize),
         f"vocabulary  {vocabulary}",

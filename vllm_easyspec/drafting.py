@@ -49,6 +49,8 @@ class DraftLoop:
         self.live = torch.zeros(max_reqs, dtype=torch.bool, device=device)
         # What a calibration graph reads of a DraftBatch: start_positions, num_valid, sampled, newest; and input_ids.
         self.requests = torch.zeros(4, max_reqs, dtype=torch.int64, device=device)
+        # Final hidden states of the newest tokens, which the first step's look-ahead maps read.
+        self.newest = torch.zeros(max_reqs, model.shape.hidden_size, dtype=model.dtype, device=device)
         self.read_ids = torch.zeros(max_reqs * (max_drafts + 1), dtype=torch.int32, device=device)
         self.layouts: dict[tuple[int, int], CalibrationLayout] = {}  # of graphs, which read them: (requests, rows)
 
@@ -73,8 +75,16 @@ class DraftLoop:
             hidden = torch.where(prefilling.unsqueeze(1), precise, fuzzy)
         self._first_draft(batch, step, hidden)
 
-    def draft(self, num_reqs: int, num_drafts: int, plan: LayerPlan, scope: Scope, max_seq_len: int) -> None:
-        """Drafts 2 to `num_drafts`. max_seq_len: bound on the sequence lengths in the loop."""
+    def draft(
+        self,
+        num_reqs: int,
+        num_drafts: int,
+        plan: LayerPlan,
+        scope: Scope,
+        max_seq_len: int,
+        lookahead: bool = False,
+    ) -> None:
+        """Drafts 2 to `num_drafts`. max_seq_len: bound on the sequence lengths; lookahead: take the maps."""
         positions = self.positions[:num_reqs]
         attention = DecodePass(
             self.pages,
@@ -85,9 +95,10 @@ class DraftLoop:
             self.calibration.max_len,
             max_seq_len,
         )
+        hidden = self.newest[:num_reqs]
         for index in range(1, num_drafts):
             attention.advance(self.draft_tokens[:num_reqs, index - 1])
-            hidden = self.model(attention.input_ids, plan, scope, attention)
+            hidden = self.model(attention.input_ids, plan, scope, attention, hidden if lookahead else None)
             self.sample(index, hidden, positions, num_reqs)
 
     def _pass(self, step: CalibrationStep, plan: LayerPlan, scope: Scope) -> torch.Tensor:
@@ -97,6 +108,7 @@ class DraftLoop:
     def _first_draft(self, batch: DraftBatch, step: CalibrationStep, hidden: torch.Tensor) -> None:
         self.positions[: batch.num_reqs] = step.newest_positions
         self.live[: batch.num_reqs] = batch.sampled & (not batch.dummy)
+        self.newest[: batch.num_reqs] = hidden
         if batch.num_drafts > 0:
             self.sample(0, hidden, step.newest_positions, batch.num_reqs)
 
@@ -128,7 +140,8 @@ class DraftLoop:
             step = self.calibration.plan(batch, layout)
             self._first_draft(batch, step, self._pass(step, self.precise, "attention"))
         else:
-            self.draft(reqs, graph.num_drafts, graph.plan, graph.scope, max_len)  # type: ignore[arg-type]
+            plan, scope = graph.plan, graph.scope
+            self.draft(reqs, graph.num_drafts, plan, scope, max_len, graph.lookahead)  # type: ignore[arg-type]
         counted, self.model.counters = self.model.counters, PassCounters()  # later passes count elsewhere
         return counted
 

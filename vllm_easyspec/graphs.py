@@ -24,6 +24,7 @@ class DraftGraph(BatchExecutionDescriptor):
     num_drafts: int = 0  # draft: K of the round; calibrate: 1 where the first draft is sampled, or 0
     plan: LayerPlan | None = None  # draft
     scope: Scope | None = None  # draft
+    lookahead: bool = False  # draft
 
     @classmethod
     def calibrate(cls, num_reqs: int, read: int, num_drafts: int) -> "DraftGraph":
@@ -37,7 +38,9 @@ class DraftGraph(BatchExecutionDescriptor):
         )
 
     @classmethod
-    def draft(cls, num_reqs: int, num_drafts: int, plan: LayerPlan, scope: Scope) -> "DraftGraph":
+    def draft(
+        cls, num_reqs: int, num_drafts: int, plan: LayerPlan, scope: Scope, lookahead: bool = False
+    ) -> "DraftGraph":
         return cls(
             CUDAGraphMode.FULL,
             num_tokens=num_reqs,
@@ -45,6 +48,7 @@ class DraftGraph(BatchExecutionDescriptor):
             num_drafts=num_drafts,
             plan=plan,
             scope="attention" if plan.is_precise else scope,
+            lookahead=lookahead and not plan.is_precise,
         )
 
 

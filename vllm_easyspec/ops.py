@@ -243,7 +243,7 @@ def rotate_and_store(
 
 @_operator(
     "norm_and_project(Tensor x, Tensor norms, Tensor weights, Tensor? bias, int first, int count, float eps) -> Tensor",
-    fake=lambda x, norms, weights, bias, first, count, eps: x.new_empty(count, x.shape[0], weights.shape[2]),
+    fake=lambda x, norms, weights, bias, first, count, eps: x.new_empty(count, x.shape[-2], weights.shape[2]),
 )
 def _norm_and_project(
     x: torch.Tensor,
@@ -268,8 +268,8 @@ def norm_and_project(
     count: int,
     eps: float,
 ) -> torch.Tensor:
-    """Norm and projection of one input by `count` layers from `first` on: `[tokens, hidden]` to
-    `[count, tokens, columns]`.
+    """Norm and projection by `count` layers from `first` on, of one input `[tokens, hidden]` or one a layer
+    `[count, tokens, hidden]`: to `[count, tokens, columns]`.
 
     norms: `[layers, hidden]`; weights: `[layers, hidden, columns]`; bias: `[layers, columns]`.
     """
@@ -347,6 +347,48 @@ def sum_of_mlps(
     2 * width]`; down: `[layers, width, hidden]`.
     """
     return _choose("sum_of_mlps", inputs)(inputs, norms, gate_up, gate_up_bias, down, residual, first, eps)
+
+
+@_operator(
+    "look_ahead(Tensor x, Tensor h, Tensor previous, Tensor down, Tensor up, Tensor bias, int count, float eps) "
+    "-> Tensor",
+    fake=lambda x, h, previous, down, up, bias, count, eps: h.new_empty(count, *h.shape),
+)
+def _look_ahead(
+    x: torch.Tensor,
+    h: torch.Tensor,
+    previous: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    bias: torch.Tensor,
+    count: int,
+    eps: float,
+) -> torch.Tensor:
+    features = torch.cat([F.rms_norm(h, h.shape[-1:], None, eps), previous], dim=-1)
+    if x.dim() == 3:
+        own = F.rms_norm(x, x.shape[-1:], None, eps)
+        features = torch.cat([features.expand(count, -1, -1), own], dim=-1)
+    thin = torch.matmul(features, down[:count])
+    return torch.baddbmm(x + bias[:count].unsqueeze(1), thin, up[:count])
+
+
+def look_ahead(
+    x: torch.Tensor,
+    h: torch.Tensor,
+    previous: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+    bias: torch.Tensor,
+    count: int,
+    eps: float,
+) -> torch.Tensor:
+    """What `count` layers of a group read in place of x: `x + features @ down @ up + bias`, `[count, tokens, hidden]`.
+
+    h, previous: `[tokens, hidden]`; x: `[tokens, hidden]`, with features `[h / rms(h), previous]`, or `[count, tokens,
+    hidden]`, with `x / rms(x)` after them; down: `[layers, features, rank]`; up: `[layers, rank, hidden]`; bias:
+    `[layers, hidden]`.
+    """
+    return _choose("look_ahead", x)(x, h, previous, down, up, bias, count, eps)
 
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:

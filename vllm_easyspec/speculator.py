@@ -22,13 +22,14 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_easyspec.batch import DraftBatch
 from vllm_easyspec.calibration import CalibrationScheduler
-from vllm_easyspec.config import Calibration, PlanTable, RuntimeOptions
+from vllm_easyspec.config import Calibration, ConfigError, PlanTable, RuntimeOptions
 from vllm_easyspec.drafter.model import LayerParallelDrafter
 from vllm_easyspec.drafter.paged_kv import DrafterAttention, PagedKV, UnpagedPass
 from vllm_easyspec.drafter.plan import SCOPES, LayerPlan, Scope
 from vllm_easyspec.drafter.xformers_attention import choose as choose_attention
 from vllm_easyspec.drafting import DraftLoop
 from vllm_easyspec.graphs import DraftGraph, DraftGraphs
+from vllm_easyspec.lookahead import LookaheadFile, LookaheadMaps, checkpoint_folder
 from vllm_easyspec.metrics import DraftStatistics
 from vllm_easyspec.plugin import DRAFTER_ARCHITECTURE
 from vllm_easyspec.support import check_attention_backend
@@ -48,6 +49,7 @@ class Drafting:
     scope: Scope
     num_drafts: int  # K, at most the configured one
     calibration: Calibration
+    lookahead: bool = False  # whether groups take their look-ahead maps
     by_batch_size: PlanTable = ()  # larger batches take the plan above
 
     def choice(self, num_reqs: int) -> tuple[LayerPlan, Scope]:
@@ -56,6 +58,10 @@ class Drafting:
             if up_to is None or num_reqs <= up_to:
                 return plan, scope
         return self.plan, self.scope
+
+    @property
+    def plans(self) -> list[LayerPlan]:
+        return [self.plan, *(plan for _, plan, _ in self.by_batch_size)]
 
 
 class EasySpecSpeculator(DraftModelSpeculator):
@@ -74,10 +80,12 @@ class EasySpecSpeculator(DraftModelSpeculator):
             layer_parallel.scope,
             self.num_speculative_steps,
             self.options.calibration,
+            self.options.lookahead is not None,
             layer_parallel.plan_table(num_layers),
         )
         self.statistics = DraftStatistics(device, self.num_speculative_steps)
         self.current_step = torch.zeros((), dtype=torch.int64, device=device)
+        self.lookahead_file: LookaheadFile | None = None
         self.all_have_room = True  # the host knows that no context fills up in this round
         self.graphs: DraftGraphs | None = None  # vLLM drops it around memory profiling
         self.pages: PagedKV
@@ -154,7 +162,7 @@ class EasySpecSpeculator(DraftModelSpeculator):
         elif num_drafts > 1:
             self.model.counters = stages["draft"]
             max_seq_len = int(batch.seq_lens_bound.max()) + 1 + self.num_speculative_steps
-            self.loop.draft(reqs, num_drafts, plan, scope, max_seq_len)
+            self.loop.draft(reqs, num_drafts, plan, scope, max_seq_len, self.drafting.lookahead)
         self.draft_tokens[:reqs, num_drafts:] = FILLER
         return self.draft_tokens[:reqs]
 
@@ -192,7 +200,9 @@ class EasySpecSpeculator(DraftModelSpeculator):
     def _draft_graph(self, batch: DraftBatch, plan: LayerPlan, scope: Scope) -> DraftGraph | None:
         if batch.num_drafts < 2:
             return None
-        graph = self._captured(batch, lambda rows: DraftGraph.draft(rows, batch.num_drafts, plan, scope))
+        graph = self._captured(
+            batch, lambda rows: DraftGraph.draft(rows, batch.num_drafts, plan, scope, self.drafting.lookahead)
+        )
         if graph is None and not batch.dummy:
             self.statistics.eager_rounds += 1
             if self.graphs is not None and self.graphs.graphs:
@@ -218,7 +228,8 @@ class EasySpecSpeculator(DraftModelSpeculator):
                     wanted[DraftGraph.calibrate(size, num_drafts + 1, sampled)] = None
             if num_drafts > 1:
                 for reqs in self.graphs.padded_to(size):
-                    wanted[DraftGraph.draft(size, num_drafts, *self.drafting.choice(reqs))] = None
+                    choice = self.drafting.choice(reqs)
+                    wanted[DraftGraph.draft(size, num_drafts, *choice, self.drafting.lookahead)] = None
         return list(wanted)
 
     def _possible_drafts(self) -> list[int]:
@@ -255,6 +266,7 @@ class EasySpecSpeculator(DraftModelSpeculator):
         group_sizes: list[int] | None = None,
         num_drafts: int | None = None,
         calibration: str | None = None,
+        lookahead: bool | None = None,
         restore: bool = False,
     ) -> None:
         """Swap what is given, from the next round on. Raises ValueError for what the drafter can't do.
@@ -274,7 +286,14 @@ class EasySpecSpeculator(DraftModelSpeculator):
         if num_drafts is not None:
             one_of("num_speculative_tokens", num_drafts, range(1, self.num_speculative_steps + 1))
             changes["num_drafts"] = num_drafts
-        self.drafting = dataclasses.replace(self.configured if restore else self.drafting, **changes)
+        if lookahead is not None:
+            one_of("lookahead", lookahead, (False, True) if self.lookahead_file else (False,))
+            changes["lookahead"] = lookahead
+        drafting = dataclasses.replace(self.configured if restore else self.drafting, **changes)
+        if drafting.lookahead and self.lookahead_file is not None:
+            for plan in drafting.plans:
+                self.lookahead_file.check_plan(plan)
+        self.drafting = drafting
         if self.draft_logits is not None:
             self.draft_logits[:, self.drafting.num_drafts :] = self.filler_logits
         self.statistics.reset()
@@ -295,7 +314,20 @@ class EasySpecSpeculator(DraftModelSpeculator):
         model = get_model(vllm_config=self.draft_vllm_config, prefix="draft_model", load_config=spec.draft_load_config)
         for layer in model.attention:
             check_attention_backend(layer.attn_backend.get_name(), self.options.grouped_attention)
+        if self.options.lookahead is not None:
+            self._load_lookahead(model, self.options.lookahead)
         return model
+
+    def _load_lookahead(self, model: LayerParallelDrafter, path: str) -> None:
+        draft = self.draft_model_config
+        folder = checkpoint_folder(draft.model, draft.revision)
+        if folder is None:
+            raise ConfigError(f"lookahead={path!r}: the files of model={draft.model!r} are not on this machine")
+        self.lookahead_file = LookaheadFile.read(path)
+        self.lookahead_file.check_drafter(folder, model.shape)
+        for plan in self.drafting.plans:
+            self.lookahead_file.check_plan(plan)
+        model.lookahead = LookaheadMaps.load(self.lookahead_file, model.placement, model.rank, model.final_norm)
 
     @property
     def attn_vllm_config(self) -> VllmConfig:
@@ -379,15 +411,16 @@ class EasySpecSpeculator(DraftModelSpeculator):
         """This rank's plan, layers and memory, for the log."""
         model, pages = self.model, self.pages
         cache_bytes = sum(layer.kv_cache.nbytes for layer in pages.layers)
+        maps = self.lookahead_file.describe() if self.lookahead_file else "none"
         table = "".join(
             f"{plan} ({scope} scope) {f'up to batch size {up_to}' if up_to else 'beyond'}, "
             for up_to, plan, scope in self.drafting.by_batch_size
         )
         return (
             f"rank {model.rank} of {model.num_ranks}: plan {table}{self.drafting.plan} ({self.drafting.scope} scope), "
-            f"K={self.drafting.num_drafts}, attention and pages of layers {list(model.local_layers)} here, "
-            f"MLPs: {model.mlp.value}, weights {model.weight_bytes():,} bytes, K/V pages {cache_bytes:,} bytes "
-            f"({cache_bytes // (pages.num_blocks * pages.block_size):,} a token)"
+            f"K={self.drafting.num_drafts}, look-ahead {maps}, attention and pages of layers "
+            f"{list(model.local_layers)} here, MLPs: {model.mlp.value}, weights {model.weight_bytes():,} bytes, "
+            f"K/V pages {cache_bytes:,} bytes ({cache_bytes // (pages.num_blocks * pages.block_size):,} a token)"
         )
 
     def _profile(self, input_batch: InputBatch) -> torch.Tensor:

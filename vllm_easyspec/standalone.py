@@ -171,22 +171,34 @@ class StandaloneDrafter:
         return DraftLoop(self.model, self.pages, calibration, table, tokens, sample)
 
     def read(
-        self, tokens: Sequence[Sequence[int]], plan: LayerPlan | None = None, scope: Scope = "attention"
+        self,
+        tokens: Sequence[Sequence[int]],
+        plan: LayerPlan | None = None,
+        scope: Scope = "attention",
+        previous: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Read further tokens of requests 0, 1, ... (at least one of each) in one pass, precise without a plan.
 
-        Stores their K/V and returns final hidden states `[tokens, hidden]`, request after request.
+        Stores their K/V and returns final hidden states `[tokens, hidden]`, request after request. previous: as in
+        `LayerParallelDrafter.forward`.
         """
         sequences = self.sequences([len(ids) for ids in tokens])
         ids = torch.tensor([token for request in tokens for token in request], device=self.device)
         for request, new in enumerate(tokens):
             self.lengths[request] += len(new)
-        return self.run(ids, sequences, plan or self.precise, scope)
+        return self.run(ids, sequences, plan or self.precise, scope, previous)
 
     @torch.inference_mode()
-    def run(self, ids: torch.Tensor, sequences: Sequences, plan: LayerPlan, scope: Scope) -> torch.Tensor:
+    def run(
+        self,
+        ids: torch.Tensor,
+        sequences: Sequences,
+        plan: LayerPlan,
+        scope: Scope,
+        previous: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """One pass over `ids` (`[tokens] int64`) at `sequences`: final hidden states `[tokens, hidden]`."""
-        return self.model(ids, plan, scope, PagedPass(self.pages, sequences))
+        return self.model(ids, plan, scope, PagedPass(self.pages, sequences), previous)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

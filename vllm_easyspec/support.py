@@ -268,6 +268,18 @@ def check_drafter(config: "SpeculativeConfig", layer_parallel: LayerParallelConf
     check_vocabulary(shape.vocab_size, target.get_vocab_size(), lambda: _target_token_ids(target))
 
 
+def check_maps(config: "SpeculativeConfig", options: RuntimeOptions) -> None:
+    """Raise `ConfigError` where the file of look-ahead maps can't serve this drafter and plan."""
+    if options.lookahead is None:
+        return
+    from vllm_easyspec.lookahead import check_lookahead
+
+    draft = config.draft_model_config
+    shape = _shape(draft.hf_config, str(config.model))
+    plans = options.layer_parallel.all_plans(shape.num_layers)
+    check_lookahead(options.lookahead, draft.model, draft.revision, shape, plans)
+
+
 def _another_method(model: str, method: str) -> str:
     return (
         f"model={model!r}: vLLM takes it for a drafter of {method}, by its name or its config.json. Give an ordinary "

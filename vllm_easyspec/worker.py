@@ -71,6 +71,7 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
             ],
             "num_speculative_tokens": drafting.num_drafts,
             "calibration": drafting.calibration,
+            "lookahead": drafting.lookahead,
             "graphs": {
                 "captured": len(self.speculator.graphs.graphs) if self.speculator.graphs else 0,
                 "replays": self.speculator.statistics.replays,
@@ -87,13 +88,15 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
         group_sizes: list[int] | None = None,
         num_speculative_tokens: int | None = None,
         calibration: str | None = None,
+        lookahead: bool | None = None,
         restore: bool = False,
     ) -> dict:
-        """Swap scope, plan, K (up to the configured one) or calibration from the next round on; resets the counters.
+        """Swap scope, plan, K (up to the configured one), calibration or the use of the look-ahead maps from the next
+        round on; resets the counters.
 
         A scope or a plan holds for all batch sizes; `restore` takes up the configuration again, its table included.
         """
-        self.speculator.configure(scope, group_sizes, num_speculative_tokens, calibration, restore)
+        self.speculator.configure(scope, group_sizes, num_speculative_tokens, calibration, lookahead, restore)
         return self.easyspec_stats()
 
     def easyspec_capture(self, batch_sizes: list[int], num_speculative_tokens: list[int]) -> dict:

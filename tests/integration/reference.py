@@ -2,13 +2,16 @@
 
 Nothing here is shared with the drafter: dense attention, one layer after another, K/V in a list. In a group all
 attentions read the group's input, so what a fuzzy step appends to the K/V list is fuzzy, and later steps attend to it.
+With look-ahead maps each reads what its map makes of that input and of the last token's final hidden state.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
+
+Maps = Mapping[tuple[str, int, int], tuple[torch.Tensor, torch.Tensor]]  # (kind, group start, layer): weights, bias
 
 
 class DenseRequest:
@@ -20,6 +23,7 @@ class DenseRequest:
         empty = torch.zeros(0)
         self.keys: list[torch.Tensor] = [empty] * len(self.layers)  # of each layer, [tokens, kv_heads, head_dim]
         self.values: list[torch.Tensor] = [empty] * len(self.layers)
+        self.final = empty  # of the last read, [tokens, hidden]
 
     @property
     def length(self) -> int:
@@ -31,9 +35,13 @@ class DenseRequest:
 
     @torch.no_grad()
     def read(
-        self, ids: Sequence[int], group_sizes: Sequence[int], scope: Literal["attention", "block"]
+        self,
+        ids: Sequence[int],
+        group_sizes: Sequence[int],
+        scope: Literal["attention", "block"],
+        maps: Maps | None = None,
     ) -> torch.Tensor:
-        """Read further tokens; returns logits `[tokens, vocab]`."""
+        """Read further tokens, one at a time where there are maps; returns logits `[tokens, vocab]`."""
         positions = torch.arange(self.length, self.length + len(ids))
         x = self.model.model.embed_tokens(torch.tensor(ids))
         cos, sin = (part[0] for part in self.model.model.rotary_emb(x, positions.unsqueeze(0)))
@@ -42,7 +50,9 @@ class DenseRequest:
             group = range(first, first + size)
             first += size
             h = x
-            a = {layer: self._attention(layer, h, positions, cos, sin) for layer in group}
+            known = torch.cat([_scaled(h), self.final[-1:]], dim=-1) if maps else None
+            inputs = {layer: _corrected(h, known, maps, ("attention", group.start, layer)) for layer in group}
+            a = {layer: self._attention(layer, inputs[layer], positions, cos, sin) for layer in group}
             if scope == "attention":
                 for layer in group:
                     x = x + a[layer]
@@ -51,10 +61,13 @@ class DenseRequest:
                 prefix, mlps = h, torch.zeros_like(h)
                 for layer in group:
                     prefix = prefix + a[layer]
-                    mlps = mlps + self._mlp(layer, prefix)
+                    with_prefix = torch.cat([known, _scaled(prefix)], dim=-1) if maps else None
+                    corrected = _corrected(prefix, with_prefix, maps, ("mlp", group.start, layer))
+                    mlps = mlps + self._mlp(layer, corrected)
                 x = prefix + mlps
         assert first == len(self.layers)
-        return self.model.lm_head(self.model.model.norm(x))
+        self.final = self.model.model.norm(x)
+        return self.model.lm_head(self.final)
 
     def _mlp(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         module = self.layers[layer]
@@ -81,6 +94,19 @@ class DenseRequest:
             hidden |= distance >= self.sliding_window
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         return module.o_proj(torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
+
+
+def _scaled(x: torch.Tensor) -> torch.Tensor:
+    return x / x.pow(2).mean(-1, keepdim=True).sqrt()
+
+
+def _corrected(
+    x: torch.Tensor, features: torch.Tensor | None, maps: Maps | None, key: tuple[str, int, int]
+) -> torch.Tensor:
+    if features is None or maps is None or key not in maps:
+        return x
+    weights, bias = maps[key]
+    return x + features @ weights + bias
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -169,6 +169,12 @@ def test_norm_and_project(dtype, tokens, columns):
     check_as_exact(OPERATORS.norm_and_project.default, project_arguments(dtype, tokens=tokens, columns=columns))
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_norm_and_project_of_an_input_a_layer(dtype):
+    _, *arguments = project_arguments(dtype)
+    check_as_exact(OPERATORS.norm_and_project.default, (randn(3, 5, 96, dtype=dtype, scale=3), *arguments))
+
+
 def test_norm_and_project_without_bias():
     check_as_exact(OPERATORS.norm_and_project.default, project_arguments(F32, bias=False))
 
@@ -232,11 +238,37 @@ def test_gates_far_from_zero_saturate():
         check_as_exact(OPERATORS.sum_of_mlps.default, arguments)
 
 
+def look_ahead_arguments(dtype, layers=3, tokens=5, hidden=96, rank=40, own=True):
+    """The first `layers` of 5."""
+    inputs = (3 if own else 2) * hidden
+    return (
+        randn(*((layers,) if own else ()), tokens, hidden, dtype=dtype, scale=3),
+        randn(tokens, hidden, dtype=dtype, scale=3),
+        randn(tokens, hidden, dtype=dtype),
+        randn(5, inputs, rank, dtype=dtype, scale=inputs**-0.5),
+        randn(5, rank, hidden, dtype=dtype, scale=rank**-0.5),
+        randn(5, hidden, dtype=dtype),
+        layers,
+        1e-6,
+    )
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("tokens", [1, 5, 16])
+@pytest.mark.parametrize("rank", [7, 64, 100])
+@pytest.mark.parametrize("own", [True, False])
+def test_look_ahead(dtype, tokens, rank, own):
+    check_as_exact(
+        OPERATORS.look_ahead.default, look_ahead_arguments(dtype, layers=4, tokens=tokens, rank=rank, own=own)
+    )
+
+
 def test_results_do_not_depend_on_the_number_of_threads():
     """Ranks with different numbers of cores must draft the same bits: a thread takes whole columns."""
     calls = [
         (OPERATORS.norm_and_project, project_arguments(F32, tokens=16, hidden=512, columns=1024)),
         (OPERATORS.sum_of_mlps, mlp_arguments(F32, layers=4, tokens=16, width=512, hidden=512)),
+        (OPERATORS.look_ahead, look_ahead_arguments(F32, layers=4, tokens=16, hidden=512, rank=512)),
     ]
     threads = torch.get_num_threads()
     try:
@@ -261,6 +293,8 @@ def test_results_do_not_depend_on_the_number_of_threads():
         ("norm_and_project", project_arguments(F32)),
         ("project_among_zeros", among_zeros_arguments(F32)),
         ("sum_of_mlps", mlp_arguments(F32)),
+        ("look_ahead", look_ahead_arguments(F32)),
+        ("look_ahead", look_ahead_arguments(F32, own=False)),
     ],
 )
 def test_schema_and_fake(operator, arguments):

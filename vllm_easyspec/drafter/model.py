@@ -6,7 +6,7 @@ the same bits on every rank: whatever differs between ranks passes through a col
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
@@ -28,6 +28,7 @@ from vllm_easyspec.drafter.paged_kv import DrafterAttention
 from vllm_easyspec.drafter.placement import LayerPlacement, MlpPlacement, choose_mlp
 from vllm_easyspec.drafter.plan import LayerPlan, Scope
 from vllm_easyspec.drafter.weights import load_drafter_weights
+from vllm_easyspec.lookahead import GroupLookahead, LookaheadMaps
 from vllm_easyspec.metrics import PassCounters
 from vllm_easyspec.ops import (
     embed_shard,
@@ -75,6 +76,9 @@ class LayerParallelDrafter(nn.Module):
         device_type = vllm_config.device_config.device_type
         self.mlp = choose_mlp(options.layer_parallel.mlp, shape, self.num_ranks, self.dtype.itemsize, device_type)
         self.counters = PassCounters()
+        self.lookahead: LookaheadMaps | None = None
+        # Called with each group, its input and its attentions' outputs, `[group, tokens, hidden]`: for fitting maps.
+        self.observer: Callable[[range, torch.Tensor, torch.Tensor], None] | None = None
 
         self.embed_tokens = VocabParallelEmbedding(shape.vocab_size, shape.hidden_size, prefix=f"{prefix}.embed_tokens")
         self.lm_head = ParallelLMHead(shape.vocab_size, shape.hidden_size, prefix=f"{prefix}.lm_head")
@@ -130,19 +134,34 @@ class LayerParallelDrafter(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         return load_drafter_weights(self, weights)
 
-    def forward(self, input_ids: torch.Tensor, plan: LayerPlan, scope: Scope, attention: Attend) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        plan: LayerPlan,
+        scope: Scope,
+        attention: Attend,
+        previous: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Final hidden states `[tokens, hidden]` of `input_ids` (`[tokens]`), its K/V stored by `attention`.
 
-        The precise pass is the plan of groups of one; both scopes are then the ordinary forward pass.
+        The precise pass is the plan of groups of one; both scopes are then the ordinary forward pass. previous: the
+        final hidden states `[tokens, hidden]` of the tokens before; given, groups take the look-ahead maps.
         """
         self.counters.passes += 1
         x = self._embed(input_ids)
         for group in plan.groups:
-            outputs = self._attention_outputs(x, group, attention)
+            ahead = None
+            if self.lookahead is not None and previous is not None and len(group) > 1:
+                ahead = self.lookahead.of_group(group.start, x, previous)
+            outputs = self._attention_outputs(x, group, attention, ahead)
+            if self.observer is not None:
+                self.observer(group, x, outputs)
             # Block scope: each MLP reads its own prefix, the group's input and the attentions up to its own.
             size = 1 if scope == "attention" else len(group)
             for start, part in zip(group[::size], outputs.split(size), strict=True):
-                x = self._mlps(prefix_sums(x, part), range(start, start + size))
+                prefixes = prefix_sums(x, part)
+                inputs = prefixes if ahead is None or size == 1 else ahead.mlp_inputs(prefixes)
+                x = self._mlps(inputs, prefixes[-1], range(start, start + size))
         return group_rms_norm(x, self.final_norm.unsqueeze(0), self.shape.rms_norm_eps)[0]
 
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -166,14 +185,20 @@ class LayerParallelDrafter(nn.Module):
         shares = (self.placement.local_slice(self.rank, group) for group in plan.groups)
         return max(share.stop - share.start for share in shares)
 
-    def _attention_outputs(self, x: torch.Tensor, group: range, attention: Attend) -> torch.Tensor:
-        """All attentions of a group on one input: `[tokens, hidden]` to `[group, tokens, hidden]`, on every rank."""
+    def _attention_outputs(
+        self, x: torch.Tensor, group: range, attention: Attend, ahead: GroupLookahead | None
+    ) -> torch.Tensor:
+        """All attentions of a group on one input: `[tokens, hidden]` to `[group, tokens, hidden]`, on every rank.
+
+        ahead: the group's look-ahead maps, which give each attention an input of its own.
+        """
         mine = self.placement.local_slice(self.rank, group)
         count, tokens = mine.stop - mine.start, x.shape[0]
         if count == 0:
             return self._all_reduce_attention(x.new_zeros(len(group), tokens, x.shape[1]))
+        inputs = x if ahead is None else ahead.attention_inputs(count)
         qkv = norm_and_project(
-            x, self.attention_norms, self.wqkv, self.bqkv, mine.start, count, self.shape.rms_norm_eps
+            inputs, self.attention_norms, self.wqkv, self.bqkv, mine.start, count, self.shape.rms_norm_eps
         )
         cache, slots = attention.plain_cache(mine)
         q, k, v = self._rotated_qkv(qkv, mine, attention.positions_for(count), cache, slots)
@@ -212,10 +237,9 @@ class LayerParallelDrafter(nn.Module):
         )
         return heads.flatten(0, 1).split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
 
-    def _mlps(self, inputs: torch.Tensor, layers: range) -> torch.Tensor:
-        """The last input and the sum of the layers' MLPs, each on its own: `[layers, tokens, hidden]` to
-        `[tokens, hidden]`."""
-        residual = inputs[-1]
+    def _mlps(self, inputs: torch.Tensor, residual: torch.Tensor, layers: range) -> torch.Tensor:
+        """The residual and the sum of the layers' MLPs, each on its own input: `[layers, tokens, hidden]` and
+        `[tokens, hidden]` to `[tokens, hidden]`."""
         tensor_parallel = self.num_ranks > 1 and self.mlp is MlpPlacement.TENSOR
         total = sum_of_mlps(
             inputs,

@@ -1,0 +1,249 @@
+"""Look-ahead maps: affine maps that predict, inside a group, what a layer's input would be had it waited its turn.
+
+In a group that starts at layer `g` with input `h`, every attention reads `h`, though layer `i` would read `x_i`. Most
+of what is missing is a linear function of what is known: `u = h / rms(h)`, and `f`, the final hidden state of the token
+before. So attention `i` reads `h + [u, f] A_gi + b_gi`; in block scope MLP `i` reads
+`p_i + [u, f, p_i / rms(p_i)] M_gi + c_gi`, `p_i` being the group's input and the attentions up to `i`.
+`vllm-easyspec fit` solves for the maps in closed form (`tune/fit.py`).
+
+A file holds, for each `g`, maps for the layers `g + 1 .. g + n`, so it serves any plan whose groups are no longer than
+that. It carries the identity of the drafter that it was fitted on and serves no other.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from vllm_easyspec.config import ConfigError
+from vllm_easyspec.drafter.architectures import DrafterShape
+from vllm_easyspec.drafter.placement import LayerPlacement
+from vllm_easyspec.drafter.plan import LayerPlan
+from vllm_easyspec.ops import look_ahead
+
+FORMAT = "vllm_easyspec look-ahead maps, 1"
+KINDS = {"attention": 2, "mlp": 3}  # how many vectors of the hidden size a map reads
+PARTS = ("down", "up", "bias")
+EPS = 1e-6  # in the root mean square of a vector
+# Of each file of weights, as many evenly spaced samples of this size go into the drafter's identity: a fine-tuned copy
+# differs nearly everywhere, and reading gigabytes at every start would not be worth more.
+SAMPLES, SAMPLE_BYTES = 64, 1 << 14
+
+
+def drafter_identity(folder: str | Path, shape: DrafterShape) -> str:
+    """Hash of the drafter's shape and of its files of weights: their sizes and samples of their bytes."""
+    digest = hashlib.sha256(repr(shape).encode())
+    files = sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder).glob("*.bin"))
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for sample in range(SAMPLES):
+                file.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def checkpoint_folder(model: str, revision: str | None) -> Path | None:
+    """Where the drafter's files lie on this machine; None where it has not been downloaded."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+@dataclass(frozen=True)
+class LookaheadFile:
+    """What a file says of itself. `reach[g]` is the last layer that the maps of groups from `g` on serve."""
+
+    path: str
+    drafter: str
+    reach: Mapping[int, int]
+    rank: int
+    hidden_size: int
+    metadata: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, path: str) -> "LookaheadFile":
+        """Raises `ConfigError` for a file that can't be read or that `vllm-easyspec fit` did not write."""
+        remedy = "Give a file that vllm-easyspec fit wrote"
+        try:
+            with safe_open(path, framework="pt") as file:
+                text = (file.metadata() or {}).get("lookahead")
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise ConfigError(f"lookahead={path!r} can't be read: {reason}. {remedy}") from error
+        metadata = json.loads(text) if text else {}
+        if metadata.get("format") != FORMAT:
+            raise ConfigError(
+                f"lookahead={path!r} holds {metadata.get('format')!r} where {FORMAT!r} is needed. {remedy}"
+            )
+        reach = {int(start): last for start, last in metadata["reach"].items()}
+        rank, hidden = metadata["rank"], metadata["hidden_size"]
+        for name, size in _sizes(reach, rank, hidden).items():
+            if shapes.get(name) != size:
+                raise ConfigError(
+                    f"lookahead={path!r}: tensor {name} has shape {shapes.get(name)} where {size} is needed. {remedy}"
+                )
+        return cls(path, metadata["drafter"], reach, rank, hidden, metadata)
+
+    def check_plan(self, plan: LayerPlan) -> None:
+        """Raise `ConfigError` where a group of the plan has layers without maps."""
+        for group in plan.groups:
+            if group[-1] > self.reach.get(group.start, group.start):
+                raise ConfigError(
+                    f"lookahead={self.path!r} has no maps for layers {list(group[1:])} in the group that starts at "
+                    f"layer {group.start} of plan {plan}. Fit them (vllm-easyspec fit --plans {plan}), choose a plan "
+                    "that the file covers, or remove lookahead"
+                )
+
+    def check_drafter(self, folder: Path, shape: DrafterShape) -> None:
+        """Raise `ConfigError` where the maps were fitted on another drafter than the one in `folder`."""
+        if self.drafter != drafter_identity(folder, shape):
+            raise ConfigError(
+                f"lookahead={self.path!r} was fitted on another drafter than model={str(folder)!r} "
+                f"({self.metadata.get('model')!r} then). Fit maps for this one: vllm-easyspec fit --drafter {folder}"
+            )
+
+    def describe(self) -> str:
+        groups = ", ".join(f"{start}-{last}" for start, last in self.reach.items())
+        return f"{self.path}: maps of rank {self.rank} for groups within layers {groups}"
+
+
+def check_lookahead(
+    path: str, model: str, revision: str | None, shape: DrafterShape, plans: Iterable[LayerPlan]
+) -> LookaheadFile:
+    """Raise `ConfigError` where the file can't serve this drafter and these plans.
+
+    A drafter that is not on this machine yet is compared when its weights are loaded.
+    """
+    file = LookaheadFile.read(path)
+    folder = checkpoint_folder(model, revision)
+    if folder is not None:
+        file.check_drafter(folder, shape)
+    for plan in plans:
+        file.check_plan(plan)
+    return file
+
+
+def content_hash(path: str) -> str:
+    """Raises `ConfigError` for a file that can't be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(
+            f"lookahead={path!r} can't be read: {error.strerror}. Give a file that vllm-easyspec fit wrote (a path "
+            "that begins with ./ or ../ in a file counts from that file's folder), or remove it"
+        ) from error
+
+
+def _sizes(reach: Mapping[int, int], rank: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    """Tensors of a file: for each kind and group start, the later layers' maps stacked."""
+    return {
+        f"{kind}.{start}.{part}": size
+        for kind, inputs in KINDS.items()
+        for start, last in reach.items()
+        for part, size in zip(
+            PARTS,
+            ((last - start, inputs * hidden, rank), (last - start, rank, hidden), (last - start, hidden)),
+            strict=True,
+        )
+    }
+
+
+def write_maps(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write the file whole or not at all. metadata: as `LookaheadFile.read` needs it, and more."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(save(dict(tensors), {"lookahead": json.dumps({"format": FORMAT, **metadata})}))
+    part.replace(path)
+
+
+class _StackedMaps(nn.Module):
+    """The maps of consecutive layers, each `x + features @ down @ up + bias`. A shorter group takes a prefix."""
+
+    def __init__(self, down: torch.Tensor, up: torch.Tensor, bias: torch.Tensor):
+        """down `[layers, 2 or 3 * hidden, rank]`, up `[layers, rank, hidden]`, bias `[layers, hidden]`."""
+        super().__init__()
+        self.down, self.up, self.bias = (nn.Parameter(part, requires_grad=False) for part in (down, up, bias))
+
+
+class LookaheadMaps(nn.Module):
+    """A rank's maps: attention maps for its own layers, MLP maps for all.
+
+    A tensor-parallel MLP needs its whole input on every rank, so the MLP maps are replicated: cutting them would cost a
+    collective a group to save a thin product. The first layer of a group, which reads the group's input, has a map of
+    zeros, so that a group is one slice.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        reach: Mapping[int, int],
+        placement: LayerPlacement,
+        rank: int,
+        like: torch.Tensor,
+    ):
+        """tensors: as in a file; like: of the drafter's device and dtype."""
+        super().__init__()
+        self.reach = dict(reach)
+        self.attention: dict[int, _StackedMaps] = {}
+        self.mlp: dict[int, _StackedMaps] = {}
+        for start, last in reach.items():
+            group = range(start, last + 1)
+            own = [layer - start for layer in placement.layers_of(rank) if layer in group]
+            for kind, maps, kept in (("attention", self.attention, own), ("mlp", self.mlp, list(range(len(group))))):
+                stacked = [tensors[f"{kind}.{start}.{part}"].to(like) for part in PARTS]
+                maps[start] = _StackedMaps(*(torch.cat([torch.zeros_like(p[:1]), p])[kept] for p in stacked))
+                self.add_module(f"{kind}_{start}", maps[start])
+
+    @classmethod
+    def load(cls, file: LookaheadFile, placement: LayerPlacement, rank: int, like: torch.Tensor) -> "LookaheadMaps":
+        with safe_open(file.path, framework="pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+        return cls(tensors, file.reach, placement, rank, like)
+
+    def of_group(self, start: int, h: torch.Tensor, previous: torch.Tensor) -> "GroupLookahead":
+        """For a group from layer `start` on with input h; previous: the final hidden states of the tokens before."""
+        return GroupLookahead(self.attention[start], self.mlp[start], h, previous)
+
+
+@dataclass(frozen=True)
+class GroupLookahead:
+    """The maps of one group in one pass."""
+
+    attention: _StackedMaps
+    mlp: _StackedMaps
+    h: torch.Tensor  # [tokens, hidden]
+    previous: torch.Tensor  # [tokens, hidden]
+
+    def attention_inputs(self, layers: int) -> torch.Tensor:
+        """What this rank's `layers` attentions of the group read, `[layers, tokens, hidden]`."""
+        return self._corrected(self.attention, self.h, layers)
+
+    def mlp_inputs(self, prefixes: torch.Tensor) -> torch.Tensor:
+        """What the group's MLPs read in block scope; prefixes and result `[group, tokens, hidden]`."""
+        return self._corrected(self.mlp, prefixes, prefixes.shape[0])
+
+    def _corrected(self, maps: _StackedMaps, x: torch.Tensor, layers: int) -> torch.Tensor:
+        return look_ahead(x, self.h, self.previous, maps.down, maps.up, maps.bias, layers, EPS)
+
+
+def rms_scaled(x: torch.Tensor) -> torch.Tensor:
+    """`x / rms(x)` over the last dimension."""
+    return F.rms_norm(x, x.shape[-1:], None, EPS)

@@ -1,0 +1,486 @@
+"""`vllm-easyspec fit`: look-ahead maps (`lookahead.py`) in closed form, from text through the drafter.
+
+Two passes over the same sequences, in the drafter's real ranks with its real pages. The first reads them precisely and
+fits every map on precise inputs. The second drafts from many positions, as a round does, with the given plans in both
+scopes and the maps of the first; it fits their maps again on the inputs that drafting really sees, so that they also
+correct what earlier groups left wrong. Each rank fits the maps of its own layers. Nothing grows with the text: a pair
+of layers keeps one matrix of moments, `[3 hidden + 1, 3 hidden + 1] float64`, and a second one of held-out sequences.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import all_gather_object
+from tqdm import tqdm
+from vllm.distributed import get_tp_group
+
+from vllm_easyspec.config import ConfigError
+from vllm_easyspec.drafter.plan import SCOPES, LayerPlan, Scope
+from vllm_easyspec.lookahead import KINDS, PARTS, LookaheadMaps, drafter_identity, rms_scaled, write_maps
+from vllm_easyspec.standalone import StandaloneDrafter, run_ranks
+from vllm_easyspec.support import read_drafter
+
+BATCH = 32  # sequences read side by side
+HELD_OUT = 4  # of them, the last ones, judge the fit and take no part in it
+SHORTEST = 16  # tokens of text that a sequence begins with
+NEARLY_BEST = 0.005  # of the held-out R2: what a lower rank may lose
+
+Pair = tuple[int, int]  # group start, later layer
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """plans: group sizes; longest_group: maps for all groups of up to so many layers, beside those of the plans; rank:
+    None to choose; own: share of the sequences that the drafter itself goes on with after their first quarter.
+    """
+
+    plans: tuple[tuple[int, ...], ...] = ()
+    longest_group: int = 1
+    rank: int | None = None
+    tokens: int = 40_000
+    length: int = 256
+    num_drafts: int = 5
+    own: float = 0.5
+    ridge: float = 1e-3
+    dtype: str = "auto"
+
+
+# ---- text ----
+
+
+def read_texts(paths: Sequence[Path]) -> list[str]:
+    """Each plain file is a text; of a JSONL file each line, `"..."`, `{"text": ...}` or `{"prompt": ...}`, is one."""
+    texts = []
+    for path in paths:
+        try:
+            content = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--text {path} can't be read: {error}. Give files of UTF-8 text") from error
+        if path.suffix != ".jsonl":
+            texts.append(content)
+            continue
+        for number, line in enumerate(content.splitlines(), 1):
+            texts += [_text_of(line, f"--text {path}, line {number}")] if line.strip() else []
+    return texts
+
+
+def _text_of(line: str, place: str) -> str:
+    allowed = 'Allowed are "...", {"text": "..."} and {"prompt": "..."}'
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{place} is not JSON: {error.msg}. {allowed}") from error
+    text = entry.get("text", entry.get("prompt")) if isinstance(entry, dict) else entry
+    if not isinstance(text, str):
+        raise ConfigError(f"{place} is {line:.60}. {allowed}")
+    return text
+
+
+def cut(documents: Iterable[list[int]], tokens: int, length: int) -> list[list[int]]:
+    """Pieces of at most `length` ids, spread evenly over the documents: batches that hold `tokens`, if there are."""
+    pieces = [ids[start : start + length] for ids in documents for start in range(0, len(ids), length)]
+    pieces = [piece for piece in pieces if len(piece) >= SHORTEST]
+    wanted = min(len(pieces), -(-tokens // (length * BATCH)) * BATCH)
+    return [pieces[index * len(pieces) // wanted] for index in range(wanted)]
+
+
+# ---- least squares ----
+
+
+class Moments:
+    """Sums over samples, all that least squares needs. Added up in float64, products of a batch taken in float32."""
+
+    def __init__(self, features: int, outputs: int, device: torch.device):
+        def zeros(*size: int) -> torch.Tensor:
+            return torch.zeros(*size, dtype=torch.float64, device=device)
+
+        self.gram, self.cross, self.squares = (
+            zeros(features + 1, features + 1),
+            zeros(features + 1, outputs),
+            zeros(outputs),
+        )
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """x: `[samples, features]`, y: `[samples, outputs]`."""
+        x, y = x.float(), y.float()
+        x = torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1)
+        self.gram += x.T @ x
+        self.cross += x.T @ y
+        self.squares += (y * y).sum(0)
+
+    @property
+    def count(self) -> float:
+        return self.gram[-1, -1].item()
+
+    def part(self, features: int, outputs: slice) -> "Moments":
+        """The first `features` and some of the outputs."""
+        kept = [*range(features), -1]
+        part = object.__new__(Moments)
+        part.gram, part.cross = self.gram[kept][:, kept], self.cross[kept, outputs]
+        part.squares = self.squares[outputs]
+        return part
+
+    def solve(self, ridge: float, rank: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`y ~ x @ down @ up + bias`: `[features, rank], [rank, outputs], [outputs]`, float64.
+
+        ridge: penalty on a feature's weights, as a share of that feature's variance. rank: the fitted values are cut to
+        their first principal components, which of all maps of that rank loses least of them; None for all.
+        """
+        mean_x, mean_y = self.gram[-1, :-1] / self.count, self.cross[-1] / self.count
+        covariance = self.gram[:-1, :-1] / self.count - torch.outer(mean_x, mean_x)
+        cross = self.cross[:-1] / self.count - torch.outer(mean_x, mean_y)
+        variances = covariance.diagonal().clamp(min=1e-12)
+        weights = torch.linalg.solve(covariance + torch.diag(ridge * variances), cross)
+        _, components = torch.linalg.eigh(weights.T @ covariance @ weights)  # ascending
+        up = components.flip(1)[:, :rank].T
+        down = weights @ up.T
+        return down, up, mean_y - mean_x @ down @ up
+
+    def r2(self, down: torch.Tensor, up: torch.Tensor, bias: torch.Tensor) -> float:
+        """Share of these samples' variance that the map explains."""
+        weights = torch.cat([down @ up, bias.unsqueeze(0)])
+        left = self.squares.sum() - 2 * (weights * self.cross).sum() + (weights * (self.gram @ weights)).sum()
+        total = self.squares.sum() - (self.cross[-1] ** 2).sum() / self.count
+        return (1 - left / total).item()
+
+
+@dataclass
+class PairMoments:
+    """Of layer `i` in a group from `g` on: features `[u, f, p_i / rms(p_i)]`, outputs what the two maps must add."""
+
+    fitted: Moments
+    held_out: Moments
+
+    @classmethod
+    def empty(cls, hidden: int, device: torch.device) -> "PairMoments":
+        return cls(*(Moments(3 * hidden, 2 * hidden, device) for _ in range(2)))
+
+    def of_kind(self, kind: str) -> tuple[Moments, Moments]:
+        """The fitted and the held-out moments of the attention or the MLP map."""
+        outputs = self.fitted.squares.shape[0] // 2
+        columns = slice(0, outputs) if kind == "attention" else slice(outputs, None)
+        return tuple(m.part(KINDS[kind] * outputs, columns) for m in (self.fitted, self.held_out))  # type: ignore[return-value]
+
+
+# ---- what a pass shows ----
+
+
+@dataclass
+class Seen:
+    """Of one or more passes: each group's input and each layer's attention output, `[requests, steps, hidden]`."""
+
+    inputs: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    outputs: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+
+    def add(self, group: range, x: torch.Tensor, outputs: torch.Tensor) -> None:
+        self.inputs.setdefault(group.start, []).append(x)
+        for layer, output in zip(group, outputs, strict=True):
+            self.outputs.setdefault(layer, []).append(output)
+
+    def x(self, layer: int, requests: int) -> torch.Tensor:
+        return _by_request(self.inputs[layer], requests)
+
+    def prefix(self, start: int, layer: int, requests: int) -> torch.Tensor:
+        """The input of the group from `start` on and its attentions up to `layer`."""
+        attentions = (_by_request(self.outputs[j], requests) for j in range(start, layer + 1))
+        return self.x(start, requests) + sum(attentions)
+
+
+def _by_request(passes: list[torch.Tensor], requests: int) -> torch.Tensor:
+    """Passes of `[requests * tokens, hidden]` each, one after another, to `[requests, all tokens, hidden]`."""
+    return torch.cat([part.unflatten(0, (requests, -1)) for part in passes], dim=1)
+
+
+@contextmanager
+def seeing(drafter: StandaloneDrafter) -> Iterator[Seen]:
+    seen = Seen()
+    drafter.model.observer = seen.add
+    try:
+        yield seen
+    finally:
+        drafter.model.observer = None
+
+
+class Fit:
+    """One rank's part: the moments of its own layers' maps."""
+
+    def __init__(self, drafter: StandaloneDrafter, settings: FitSettings, progress: Callable[[], object]):
+        self.drafter, self.settings, self.progress = drafter, settings, progress
+        model = drafter.model
+        self.hidden, self.layers, self.own_layers = model.shape.hidden_size, model.shape.num_layers, model.local_layers
+        self.plans = [LayerPlan.of_sizes(self.layers, sizes) for sizes in settings.plans]
+        self.reach = _reach(self.plans, self.layers, settings.longest_group)
+        self.pairs = [(g, i) for g, last in self.reach.items() for i in range(g + 1, last + 1)]
+
+    def run(self, texts: list[list[list[int]]]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """All ranks' maps, and the report, from batches of sequences. Every rank returns the same."""
+        batches = [self._written(index, batch) for index, batch in enumerate(texts)]
+        moments: dict[Pair, PairMoments] = {}
+        for batch in batches:
+            self._precise_pass(batch, moments)
+            self.progress()
+        self._install(self._solved(moments, self.hidden))
+        if self.plans:
+            drafted: dict[Pair, PairMoments] = {}
+            for batch in batches:
+                for plan in self.plans:
+                    for scope in SCOPES:
+                        self._drafting_pass(batch, plan, scope, drafted)
+                self.progress()
+            moments |= drafted
+        rank, r2_by_rank = self._choose_rank(moments)
+        solved = self._solved(moments, rank)
+        maps = self._install(solved)
+        report = {"rank": rank, "r2_by_rank": r2_by_rank, "r2": self._quality(moments, solved)}
+        report["own_rate"] = [self._own_rates(batches, plan, scope) for plan in self.plans for scope in SCOPES]
+        self.progress()
+        return maps, report
+
+    # ---- reading ----
+
+    def _read(self, tokens: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        """tokens `[requests, tokens]` of all requests in one pass: final hidden states `[requests, tokens, hidden]`."""
+        return self.drafter.read(tokens.tolist(), *arguments).unflatten(0, tuple(tokens.shape))
+
+    def _next(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[requests, hidden]` to the drafter's own next tokens `[requests, 1]`."""
+        return self.drafter.logits(hidden).argmax(-1, keepdim=True).cpu()
+
+    def _rewind(self, length: int) -> None:
+        self.drafter.rewind([length] * BATCH)
+
+    def _written(self, index: int, batch: list[list[int]]) -> torch.Tensor:
+        """`[BATCH, length]`: what is text, and the drafter's own greedy words after it."""
+        length = self.settings.length
+        given = []
+        for row, ids in enumerate(batch):
+            number = index * BATCH + row
+            own = int((number + 1) * self.settings.own) > int(number * self.settings.own)
+            given.append(min(len(ids), length // 4) if own else len(ids))
+        tokens = torch.tensor([ids[:count] + [0] * (length - count) for ids, count in zip(batch, given, strict=True)])
+        shortest = min(given)
+        if shortest == length:
+            return tokens
+        self._rewind(0)
+        hidden = self._read(tokens[:, :shortest])[:, -1]
+        for position in range(shortest, length):
+            is_text = torch.tensor(given).unsqueeze(1) > position
+            tokens[:, position : position + 1] = torch.where(
+                is_text, tokens[:, position : position + 1], self._next(hidden)
+            )
+            hidden = self._read(tokens[:, position : position + 1])[:, -1]
+        return tokens
+
+    def _precise_pass(self, batch: torch.Tensor, moments: dict[Pair, PairMoments]) -> None:
+        self._rewind(0)
+        with seeing(self.drafter) as seen:
+            final = self._read(batch)
+        self._add(moments, self.pairs, seen, seen, final[:, :-1], slice(1, None))
+
+    def _drafting_pass(
+        self, batch: torch.Tensor, plan: LayerPlan, scope: Scope, moments: dict[Pair, PairMoments]
+    ) -> None:
+        pairs = [(group.start, i) for group in plan.groups for i in group[1:]]
+        for round_ in self._rounds(batch, plan, scope, every=2):
+            self._add(moments, pairs, round_.drafting, round_.precise, round_.previous)
+
+    def _rounds(self, batch: torch.Tensor, plan: LayerPlan, scope: Scope, every: int) -> Iterator["Round"]:
+        """Draft as a round does, then read the same drafts precisely; in every `every`-th stretch of `K - 1` tokens."""
+        drafts = self.settings.num_drafts
+        self._rewind(0)
+        final = self._read(batch)
+        # Backwards, since drafting overwrites the pages of what comes after.
+        for newest in range(batch.shape[1] - drafts, SHORTEST - 1, -every * max(1, drafts - 1)):
+            self._rewind(newest + 1)
+            hidden = final[:, newest]
+            tokens, previous = [self._next(hidden)], []
+            with seeing(self.drafter) as drafting:
+                for _ in range(drafts - 1):
+                    previous.append(hidden)
+                    hidden = self._read(tokens[-1], plan, scope, hidden)[:, -1]
+                    tokens.append(self._next(hidden))
+            self._rewind(newest + 1)
+            drafted = torch.cat(tokens, dim=1)
+            with seeing(self.drafter) as precise:
+                true = self._read(drafted[:, :-1])
+            confirmed = torch.stack([self._next(true[:, step]) for step in range(drafts - 1)], dim=1).squeeze(2)
+            yield Round(torch.stack(previous, dim=1), drafting, precise, drafted[:, 1:] == confirmed)
+
+    def _add(
+        self,
+        moments: dict[Pair, PairMoments],
+        pairs: Iterable[Pair],
+        drafting: Seen,
+        precise: Seen,
+        previous: torch.Tensor,
+        steps: slice = slice(None),
+    ) -> None:
+        """Add the samples of this rank's pairs.
+
+        previous: `[requests, steps, hidden]`; of the passes' tokens those at `steps` count.
+        """
+        for g, i in pairs:
+            if i not in self.own_layers:
+                continue
+            h, p = drafting.x(g, BATCH)[:, steps], drafting.prefix(g, i, BATCH)[:, steps]
+            x, q = precise.x(i, BATCH)[:, steps], precise.prefix(i, i, BATCH)[:, steps]
+            features = torch.cat([rms_scaled(h), previous, rms_scaled(p)], dim=-1)
+            missing = torch.cat([x - h, q - p], dim=-1)
+            if (g, i) not in moments:
+                moments[g, i] = PairMoments.empty(self.hidden, h.device)
+            moments[g, i].fitted.add(features[:-HELD_OUT].flatten(0, 1), missing[:-HELD_OUT].flatten(0, 1))
+            moments[g, i].held_out.add(features[-HELD_OUT:].flatten(0, 1), missing[-HELD_OUT:].flatten(0, 1))
+
+    # ---- solving ----
+
+    def _solved(self, moments: dict[Pair, PairMoments], rank: int) -> dict[tuple[str, Pair], tuple[torch.Tensor, ...]]:
+        """This rank's maps."""
+        return {
+            (kind, pair): pair_moments.of_kind(kind)[0].solve(self.settings.ridge, rank)
+            for pair, pair_moments in moments.items()
+            for kind in KINDS
+        }
+
+    def _install(self, solved: dict[tuple[str, Pair], tuple[torch.Tensor, ...]]) -> dict[str, torch.Tensor]:
+        """Gather all ranks' maps, as a file holds them, and have the drafter draft with them."""
+        everyones = _gathered({key: [part.bfloat16().cpu() for part in maps] for key, maps in solved.items()})
+        stacked = {
+            f"{kind}.{g}.{part}": torch.stack([everyones[kind, (g, i)][number] for i in range(g + 1, last + 1)])
+            for kind in KINDS
+            for g, last in self.reach.items()
+            for number, part in enumerate(PARTS)
+        }
+        model = self.drafter.model
+        model.lookahead = LookaheadMaps(stacked, self.reach, model.placement, model.rank, model.final_norm)
+        return stacked
+
+    def _choose_rank(self, moments: dict[Pair, PairMoments]) -> tuple[int, dict[int, float]]:
+        """The lowest rank that explains nearly as much of the held-out samples as the best; mean R2 by rank."""
+        ranks = sorted({max(1, self.hidden // part) for part in (1, 2, 4, 8, 16)} | {self.settings.rank or self.hidden})
+        found: dict[tuple[str, Pair, int], float] = {}
+        for pair, pair_moments in moments.items():
+            for kind in KINDS:
+                fitted, held_out = pair_moments.of_kind(kind)
+                down, up, bias = fitted.solve(self.settings.ridge)
+                whole = bias + fitted.gram[-1, :-1] / fitted.count @ down @ up
+                for rank in ranks:
+                    mean = fitted.gram[-1, :-1] / fitted.count @ down[:, :rank] @ up[:rank]
+                    found[kind, pair, rank] = held_out.r2(down[:, :rank], up[:rank], whole - mean)
+        everyones = _gathered(found)
+        by_rank = {
+            rank: sum(r2 for (_, _, of), r2 in everyones.items() if of == rank) / (2 * len(self.pairs))
+            for rank in ranks
+        }
+        best = max(by_rank.values())
+        chosen = next(rank for rank in ranks if by_rank[rank] >= best - NEARLY_BEST)
+        return self.settings.rank or chosen, by_rank
+
+    def _quality(
+        self, moments: dict[Pair, PairMoments], solved: dict[tuple[str, Pair], tuple[torch.Tensor, ...]]
+    ) -> dict[str, float]:
+        """Held-out R2 of every map, `attention.g.i` and `mlp.g.i`."""
+        mine = {(kind, pair): moments[pair].of_kind(kind)[1].r2(*maps) for (kind, pair), maps in solved.items()}  # type: ignore[arg-type]
+        everyones = _gathered(mine)
+        return {f"{kind}.{g}.{i}": round(everyones[kind, (g, i)], 4) for kind in KINDS for g, i in self.pairs}
+
+    def _own_rates(self, batches: list[torch.Tensor], plan: LayerPlan, scope: Scope) -> dict[str, Any]:
+        """Share of drafts that the precise pass confirms, up to the first that it doesn't, on held-out sequences.
+
+        Draft 1 comes from the precise pass, so it always counts.
+        """
+        held_out = torch.cat([batch[-HELD_OUT:] for batch in batches])
+        chosen = held_out[torch.arange(BATCH) * len(held_out) // BATCH]
+        maps, rates = self.drafter.model.lookahead, []
+        for used in (None, maps):
+            self.drafter.model.lookahead = used
+            confirmed = [round_.confirmed for round_ in self._rounds(chosen, plan, scope, every=4)]
+            leading = torch.cat(confirmed).long().cumprod(1).sum(1).float().mean().item()
+            rates.append(round((1 + leading) / self.settings.num_drafts, 4))
+        return {"group_sizes": list(plan.group_sizes), "scope": scope, "without": rates[0], "with": rates[1]}
+
+
+@dataclass(frozen=True)
+class Round:
+    previous: torch.Tensor  # [requests, K - 1, hidden], final hidden states that the fuzzy steps went on from
+    drafting: Seen
+    precise: Seen
+    confirmed: torch.Tensor  # [requests, K - 1] bool, drafts 2..K that the precise pass would have drafted too
+
+
+def _reach(plans: Sequence[LayerPlan], layers: int, longest_group: int) -> dict[int, int]:
+    """Of each layer that a group may start at, the last layer that needs a map."""
+    reach = {start: min(layers, start + longest_group) - 1 for start in range(1, layers)}
+    for group in (group for plan in plans for group in plan.groups):
+        reach[group.start] = max(reach.get(group.start, 0), group[-1])
+    return {start: last for start, last in sorted(reach.items()) if last > start}
+
+
+def _gathered(mine: dict) -> dict:
+    """All ranks' entries in one dict."""
+    group = get_tp_group()
+    parts: list[dict] = [{}] * group.world_size
+    all_gather_object(parts, mine, group=group.cpu_group)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+# ---- the command ----
+
+
+def fit(drafter: str, texts: Sequence[Path], output: Path, ranks: int, settings: FitSettings) -> dict[str, Any]:
+    """Fit maps and write them to `output`, whole or not at all. Returns the report. Raises `ConfigError`."""
+    layers = read_drafter(drafter, revision=None).num_layers
+    for sizes in settings.plans:
+        try:
+            LayerPlan.of_sizes(layers, sizes)
+        except ValueError as error:
+            raise ConfigError(f"--plans: {error}") from error
+    sequences = cut(_tokenized(drafter, read_texts(texts)), settings.tokens, settings.length)
+    batches = [sequences[start : start + BATCH] for start in range(0, len(sequences) - BATCH + 1, BATCH)]
+    if not batches:
+        raise ConfigError(
+            f"--text holds {len(sequences)} sequences of {SHORTEST} to {settings.length} tokens, and at least {BATCH} "
+            "are needed. Give more text"
+        )
+    tensors, report = run_ranks(ranks, _fit_rank, drafter, batches, settings, timeout_s=7 * 24 * 3600.0)[0]
+    report["settings"] = asdict(settings) | {"ranks": ranks, "sequences": len(batches) * BATCH}
+    report["text"] = [{"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in texts]
+    write_maps(output, tensors, report)
+    return report
+
+
+def _tokenized(drafter: str, texts: Iterable[str]) -> Iterator[list[int]]:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(drafter)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--drafter {drafter} has no tokenizer: {' '.join(str(error).split())}") from error
+    tokenizer.model_max_length = sys.maxsize  # long files are cut afterwards
+    return (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+
+
+def _fit_rank(path: str, batches: list[list[list[int]]], settings: FitSettings) -> tuple[dict, dict]:
+    drafter = StandaloneDrafter(path, dtype=settings.dtype, max_num_reqs=BATCH, max_len=settings.length + 32)
+    passes = len(batches) * (2 if settings.plans else 1) + 1
+    first = drafter.model.rank == 0
+    with (
+        tqdm(total=passes, desc="fit", unit="batch", disable=not first, file=sys.stderr) as bar,
+        torch.inference_mode(),
+    ):
+        fitting = Fit(drafter, settings, bar.update)
+        tensors, report = fitting.run(batches)
+    shape = drafter.model.shape
+    report |= {
+        "model": path,
+        "drafter": drafter_identity(path, shape),
+        "hidden_size": shape.hidden_size,
+        "reach": fitting.reach,
+    }
+    return tensors, report
