@@ -300,22 +300,19 @@ class EasySpecConfig(RuntimeOptions):
         except ValidationError as error:
             raise ConfigError(prefix + "; ".join(_explain(part) for part in error.errors())) from None
 
+    def draft_model(self) -> dict[str, Any]:
+        """The speculative configuration of vLLM's own `draft_model` with this drafter, K and vLLM's fields."""
+        ours = set(RuntimeOptions.model_fields) | {"method"}
+        return {"method": "draft_model", **self.model_dump(mode="json", exclude=ours, exclude_none=True)}
+
     def to_vllm(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """vLLM's own speculative configuration, and the options that go to `additional_config["easyspec"]`."""
-        passed_through = self.model_dump(
-            mode="json", exclude=set(RuntimeOptions.model_fields) | {"method"}, exclude_none=True
-        )
-        options = RuntimeOptions(**{name: getattr(self, name) for name in RuntimeOptions.model_fields})
-        if self.draft_sample_method != "probabilistic":
-            passed_through.setdefault("use_local_argmax_reduction", True)
         # 1 passes vLLM's check of the head counts at any rank count, and Model Runner V2 reads it nowhere else.
-        speculative_config = {"method": "draft_model", **passed_through, "draft_tensor_parallel_size": 1}
-        if self.lookahead is None:
-            return speculative_config, options.to_json()
-        from vllm_easyspec.lookahead import content_hash
-
-        # vLLM tells configurations apart by a hash of the options, and a path says nothing of what lies there.
-        return speculative_config, options.to_json() | {LOOKAHEAD_HASH_KEY: content_hash(self.lookahead)}
+        fields = self.draft_model() | {"draft_tensor_parallel_size": 1}
+        if self.draft_sample_method != "probabilistic":
+            fields.setdefault("use_local_argmax_reduction", True)
+        options = RuntimeOptions(**{name: getattr(self, name) for name in RuntimeOptions.model_fields})
+        return fields, options.to_json()
 
     def check_model(self) -> None:
         """Raise `ConfigError` where `model` is a path on this machine without a model behind it."""

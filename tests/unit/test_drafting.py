@@ -20,7 +20,7 @@ PRECISE, HALVES, ONE = LayerPlan.precise(4), LayerPlan((2, 2)), LayerPlan((4,))
     ids=["none", "default above", "open"],
 )
 def test_choice(table, expected):
-    drafting = Drafting(PRECISE, "attention", 5, "every_round", table)
+    drafting = Drafting(PRECISE, "attention", 5, "every_round", by_batch_size=table)
     chosen = [drafting.choice(num_reqs) for num_reqs in range(1, 7)]
     assert [plan for plan, _ in chosen] == expected
     assert all(scope == ("attention" if plan == PRECISE else "block") for plan, scope in chosen)

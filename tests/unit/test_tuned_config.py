@@ -47,7 +47,9 @@ def test_the_tuned_configuration_does_what_was_chosen(tmp_path, untuned, chosen)
     out.write_text(tuned_yaml(untuned, out, ranges(chosen), ["Tuned by: a test"], {}))
     config = EasySpecConfig.parse(out)
     plans = config.layer_parallel
-    drafting = Drafting(plans.plan(10), plans.scope, config.num_speculative_tokens, "every_round", plans.plan_table(10))
+    drafting = Drafting(
+        plans.plan(10), plans.scope, config.num_speculative_tokens, "every_round", by_batch_size=plans.plan_table(10)
+    )
     table = config.num_speculative_tokens_per_batch_size or [[1, 1, config.num_speculative_tokens]]
     drafts = build_dynamic_sd_schedule_lookup(table, 64, config.num_speculative_tokens)
     for size in range(1, 65):

@@ -66,8 +66,7 @@ Results = dict[tuple[str, int], Measured]  # by arm and concurrency
 
 def speculative_configs(config: EasySpecConfig, baselines: Sequence[str]) -> dict[str, dict[str, Any] | None]:
     """Each arm's `speculative_config`, in the order of a turn."""
-    vllm_fields, options = config.to_vllm()
-    del vllm_fields["draft_tensor_parallel_size"]  # ours only: vLLM's own default for its draft_model
+    vllm_fields, (_, options) = config.draft_model(), config.to_vllm()
     easyspec = vllm_fields | {"method": "easyspec"}
     one_by_one = {"group_size": 1, "mlp": options["layer_parallel"]["mlp"]}
     arms: dict[str, dict[str, Any] | None] = {

@@ -154,7 +154,7 @@ class Tuner:
         speculative: dict[str, Any] = {
             "tuned": load(tuned),
             "untuned": load(self.settings.config),
-            "draft_model": _plain_draft_model(self.config),
+            "draft_model": self.config.draft_model(),
             "none": None,
         }
         arms = [name for name in speculative if name == "tuned" or name in self.settings.baselines]
@@ -268,13 +268,6 @@ def configured(config: EasySpecConfig, batch_size: int, num_layers: int) -> Poin
         if first <= batch_size:
             k = min(drafts, config.num_speculative_tokens)
     return Point(ScopedPlan(plan, scope), k)
-
-
-def _plain_draft_model(config: EasySpecConfig) -> dict[str, Any]:
-    """vLLM's own draft model method with the same drafter and K."""
-    fields = config.to_vllm()[0]
-    del fields["draft_tensor_parallel_size"]
-    return fields
 
 
 def _stage_times(seen: dict[Point, list[Observation]], most_drafts: int) -> StageTimes:
