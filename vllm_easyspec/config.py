@@ -311,8 +311,13 @@ class EasySpecConfig(RuntimeOptions):
         fields = self.draft_model() | {"draft_tensor_parallel_size": 1}
         if self.draft_sample_method != "probabilistic":
             fields.setdefault("use_local_argmax_reduction", True)
-        options = RuntimeOptions(**{name: getattr(self, name) for name in RuntimeOptions.model_fields})
-        return fields, options.to_json()
+        options = RuntimeOptions(**{name: getattr(self, name) for name in RuntimeOptions.model_fields}).to_json()
+        if self.lookahead is None:
+            return fields, options
+        from vllm_easyspec.lookahead import content_hash
+
+        # vLLM tells configurations apart by a hash of the options, and a path says nothing of what lies there.
+        return fields, options | {LOOKAHEAD_HASH_KEY: content_hash(self.lookahead)}
 
     def check_model(self) -> None:
         """Raise `ConfigError` where `model` is a path on this machine without a model behind it."""

@@ -137,7 +137,8 @@ class TunedEngine(Engine):
         self.num_drafts_by_batch_size[:] = [point.num_drafts] * len(self.num_drafts_by_batch_size)
         sizes = list(point.plan.plan.group_sizes)
         self.rpc("easyspec_configure", scope=point.plan.scope, group_sizes=sizes)
-        self.rpc("easyspec_capture", [len(self.generated)], [point.num_drafts])
+        batch_sizes, drafts = [len(self.generated)], [point.num_drafts]
+        self.rpc("easyspec_capture", batch_sizes=batch_sizes, num_speculative_tokens=drafts)
 
     def measure(self, point: Point, rounds: int) -> tuple[Window, dict[str, Any]]:
         """`rounds` of the requests in flight under `point`, and rank 0's counters of them.
