@@ -58,7 +58,10 @@ def test_missing_matplotlib_is_said_before_anything_runs(capsys, monkeypatch):
 def test_arms():
     config = EasySpecConfig.parse(
         easyspec(
-            draft_sample_method="greedy", layer_parallel={"scope": "block", "group_sizes": [1, 8, 1], "mlp": "tensor"}
+            draft_sample_method="greedy",
+            calibration="never",
+            lookahead=str(DRAFTER / "lookahead.safetensors"),
+            layer_parallel={"scope": "block", "group_sizes": [1, 8, 1], "mlp": "tensor"},
         )
     )
     arms = engine.speculative_configs(config, ["precise", "none", "draft_model"])
@@ -69,6 +72,7 @@ def test_arms():
     assert EasySpecConfig.parse(arms["easyspec"]) == config
     precise = EasySpecConfig.parse(arms["precise"])
     assert precise.layer_parallel.plan(10).is_precise and precise.layer_parallel.mlp == "tensor"
+    assert (precise.lookahead, precise.calibration) == (None, "never")
     assert {name: getattr(precise, name) for name in vllms_own} == vllms_own
     assert list(engine.speculative_configs(config, [])) == ["easyspec"]
 

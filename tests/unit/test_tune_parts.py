@@ -116,6 +116,7 @@ class Recorded(TunedEngine):
 
     def __init__(self):
         self.num_drafts_by_batch_size = [8] * 4
+        self.generated = {"a": 1, "b": 1}
         self.calls: list[tuple] = []
 
     def rpc(self, method, **arguments):
@@ -133,7 +134,7 @@ def test_a_point_is_set_then_warmed_up_then_counted_anew():
     assert engine.num_drafts_by_batch_size == [5] * 4
     assert engine.calls == [
         ("easyspec_configure", {"scope": "block", "group_sizes": [2, 2]}),
-        ("easyspec_capture", {"batch_sizes": [0], "num_speculative_tokens": [5]}),
+        ("easyspec_capture", {"batch_sizes": [2], "num_speculative_tokens": [5]}),
         ("fly", WARM_ROUNDS),
         ("easyspec_stats", {"reset": True}),
         ("fly", 7),

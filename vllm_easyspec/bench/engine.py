@@ -66,15 +66,17 @@ Results = dict[tuple[str, int], Measured]  # by arm and concurrency
 
 def speculative_configs(config: EasySpecConfig, baselines: Sequence[str]) -> dict[str, dict[str, Any] | None]:
     """Each arm's `speculative_config`, in the order of a turn."""
-    vllm_fields, (_, options) = config.draft_model(), config.to_vllm()
-    easyspec = vllm_fields | {"method": "easyspec"}
-    one_by_one = {"group_size": 1, "mlp": options["layer_parallel"]["mlp"]}
+    # As the user gave them: easyspec's own defaults for vLLM's fields are no part of the baseline.
+    draft_model = config.draft_model()
+    easyspec = draft_model | {"method": "easyspec"} | config.to_json()
+    one_by_one = {"group_size": 1, "mlp": config.layer_parallel.mlp}
     arms: dict[str, dict[str, Any] | None] = {
         "none": None,
-        "draft_model": vllm_fields,
-        "precise": easyspec | {"layer_parallel": one_by_one, "check_ranks": options["check_ranks"]},
+        "draft_model": draft_model,
+        "precise": {name: value for name, value in easyspec.items() if name != "lookahead"}
+        | {"layer_parallel": one_by_one},
     }
-    return {name: arm for name, arm in arms.items() if name in baselines} | {"easyspec": easyspec | options}
+    return {name: arm for name, arm in arms.items() if name in baselines} | {"easyspec": easyspec}
 
 
 def prepare(args: Namespace) -> tuple[EasySpecConfig, Workload, dict[str, Any]]:
@@ -203,7 +205,7 @@ def longest_sequence(model: str, prompts: list[list[int]], output_tokens: int, d
 
 
 def _shown(config: dict[str, Any] | None) -> dict[str, Any] | None:
-    return config and config | {"model": from_here(config["model"])}
+    return config and {name: from_here(value) if isinstance(value, str) else value for name, value in config.items()}
 
 
 def _text_config(model: str) -> Any:
