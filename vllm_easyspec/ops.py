@@ -41,7 +41,7 @@ def _operator(schema: str, fake: Callable | None = None) -> Callable[[Callable],
 # A pass of at most so many tokens takes a sublayer's dense work on a CPU in one native operator. Longer ones are bound
 # by arithmetic, and torch's products of bfloat16 have instructions for it. Measured by benchmarks/operators.py, see
 # docs/experiments.md; float16 is taken to be like bfloat16.
-FEW_TOKENS = {torch.float32: 64, torch.bfloat16: 8, torch.float16: 8}
+FEW_TOKENS = {torch.float32: 64, torch.bfloat16: 4, torch.float16: 4}
 
 
 def _choose(name: str, x: torch.Tensor) -> Callable[..., torch.Tensor]:
