@@ -73,9 +73,11 @@ def test_plans_come_from_most_to_fewest_groups():
 
 def test_most_promising():
     costs = {PRECISE: 0.0, HALVES: 0.2, ONE: 0.9}
-    assert most_promising([PRECISE, HALVES, ONE], costs, 2) == [HALVES, PRECISE]
-    assert most_promising([PRECISE, HALVES, ONE], costs, 9) == [HALVES, PRECISE, ONE]
-    assert most_promising([ONE, PRECISE], {PRECISE: 0.0, ONE: 3.0}, 1) == [PRECISE], "costs above 1 lose all, not more"
+    # Tokens over steps at K = 2: (1.7 + 0.49 * 0.8) / 20, (1.7 + 0.49 * 0.1) / 18, (1.7 + 0.49) / 24.
+    assert most_promising([PRECISE, HALVES, ONE], costs, 9) == [HALVES, ONE, PRECISE]
+    assert most_promising([PRECISE, HALVES, ONE], costs, 2) == [HALVES, ONE]
+    for lost in (1.0, 3.0):
+        assert most_promising([HALVES, ONE], {HALVES: lost, ONE: 5.0}, 1) == [ONE], "nobody loses more than all"
 
 
 TIMES = StageTimes(

@@ -89,8 +89,23 @@ def best_plans(num_layers: int, costs: GroupCosts) -> list[LayerPlan]:
 
 
 def most_promising(plans: Sequence[ScopedPlan], costs: Mapping[ScopedPlan, float], count: int) -> list[ScopedPlan]:
-    """At most `count` of the plans, by what is kept of the drafts over the sequential steps that it takes."""
-    return sorted(plans, key=lambda plan: (1 - min(1.0, costs[plan])) / plan.steps, reverse=True)[:count]
+    """At most `count` of the plans, the highest guess of a rate first."""
+    return sorted(plans, key=lambda plan: _guessed_rate(plan, costs[plan]), reverse=True)[:count]
+
+
+def _guessed_rate(plan: ScopedPlan, cost: float) -> float:
+    """Tokens over sequential steps at the best K, good enough to rank plans by before anything was measured.
+
+    The target takes a draft with probability 0.7 as long as nothing is fuzzy, and verifies as long as the drafter
+    calibrates; a fuzzy step keeps `1 - cost` of that probability.
+    """
+    target, kept = 0.7, 1 - min(1.0, cost)
+    calibrate = verify = 2 * plan.plan.num_layers
+    tokens, best = 1 + target, 0.0
+    for drafts in range(2, 9):
+        tokens += target**drafts * kept ** (drafts - 1)
+        best = max(best, tokens / (calibrate + verify + (drafts - 1) * plan.steps))
+    return best
 
 
 def tokens_a_round(acceptance: Sequence[float], num_drafts: int) -> float:
