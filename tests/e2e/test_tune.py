@@ -73,7 +73,6 @@ def test_what_was_measured(tuned):
         assert min(times["calibrate_ms"].values()) > 0 and len(times["steps"]) == 4
     for row in found["confirmed"]:
         assert 1 <= row["tokens_a_round"] <= 1 + row["num_speculative_tokens"]
-        assert row["stage_ms"]["draft"] < 0.5 or row["num_speculative_tokens"] > 1, "no fuzzy step up to K = 1"
         rate = 1e3 * row["batch_size"] * row["tokens_a_round"]
         assert row["stage_rate"] == pytest.approx(rate / sum(row["stage_ms"].values()))
         assert row["wall_rate"] == pytest.approx(rate / row["wall_ms"])
