@@ -20,7 +20,9 @@ def held_out_prompts(count: int, tokens: int, offset: int = 0) -> list[str]:
     library = Path(sysconfig.get_paths()["stdlib"])
     prompts = []
     for name in json.loads((PAIR / "report.json").read_text())["held_out_files"]:
-        ids = tokenizer((library / name).read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+        ids = tokenizer((library / name).read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
         starts = range(offset * tokens, len(ids) - tokens, STRIDE * tokens)
         prompts += [tokenizer.decode(ids[start : start + tokens]) for start in starts]
     return prompts[:: max(1, len(prompts) // count)][:count]

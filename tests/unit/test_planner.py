@@ -73,9 +73,11 @@ def test_plans_come_from_most_to_fewest_groups():
 
 def test_most_promising():
     costs = {PRECISE: 0.0, HALVES: 0.2, ONE: 0.9}
-    assert most_promising([PRECISE, HALVES, ONE], costs, 2) == [HALVES, PRECISE]
-    assert most_promising([PRECISE, HALVES, ONE], costs, 9) == [HALVES, PRECISE, ONE]
-    assert most_promising([ONE, PRECISE], {PRECISE: 0.0, ONE: 3.0}, 1) == [PRECISE], "costs above 1 lose all, not more"
+    # Tokens over steps at K = 2: (1.7 + 0.49 * 0.8) / 20, (1.7 + 0.49 * 0.1) / 18, (1.7 + 0.49) / 24.
+    assert most_promising([PRECISE, HALVES, ONE], costs, 9) == [HALVES, ONE, PRECISE]
+    assert most_promising([PRECISE, HALVES, ONE], costs, 2) == [HALVES, ONE]
+    for lost in (1.0, 3.0):
+        assert most_promising([HALVES, ONE], {HALVES: lost, ONE: 5.0}, 1) == [ONE], "nobody loses more than all"
 
 
 TIMES = StageTimes(
@@ -101,8 +103,13 @@ def test_times_of_a_round(point, milliseconds):
 def test_predicted_rate():
     acceptance = {ONE: [0.5, 0.25, 0.25, 0.0]}
     # 3 requests gain 2 tokens each in 10.5 ms.
-    assert predicted_rate(Point(ONE, 4), 3, TIMES, acceptance, False) == pytest.approx(3 * 2 / 10.5e-3)
-    assert predicted_rate(Point(ONE, 0), 3, TIMES, acceptance, True) == pytest.approx(3 / 13e-3)
+    assert predicted_rate(Point(ONE, 4), 3, TIMES, acceptance, {0: 1.0, 4: 1.0}, False) == pytest.approx(
+        3 * 2 / 10.5e-3
+    )
+    # At K = 2 they would gain 1.75 by acceptance, and gain a tenth more.
+    corrected = predicted_rate(Point(ONE, 2), 3, TIMES, acceptance, {0: 1.0, 2: 1.1, 4: 1.0}, False)
+    assert corrected == pytest.approx(3 * 1.75 * 1.1 / 6.5e-3)
+    assert predicted_rate(Point(ONE, 0), 3, TIMES, acceptance, {0: 1.0, 4: 1.0}, True) == pytest.approx(3 / 13e-3)
 
 
 A, B, NOTHING = Point(ONE, 4), Point(HALVES, 2), Point(ONE, 0)

@@ -28,6 +28,7 @@ def findings() -> Findings:
     untuned = PLANS[1]
     found = Findings(10, {size: Point(untuned, 5) for size in SIZES}, by_wall=False, same_answers=True)
     found.costs = {plan: (20 - plan.steps) / 60 for plan in PLANS[1:]}
+    found.correction = {0: 1.0, 2: 1.05, 8: 1.0}
     for plan in PLANS:
         own = 0.72 - found.costs.get(plan, 0.0) / 2
         found.acceptance[plan] = [round(own ** (position * 0.9), 4) for position in range(1, 9)]
@@ -51,7 +52,9 @@ def findings() -> Findings:
 
 
 def confirmed(found: Findings, size: int, point: Point) -> Confirmed:
-    rate = predicted_rate(point, size, found.times[size], found.acceptance, False) * (1.01 if size == 4 else 0.99)
+    rate = predicted_rate(point, size, found.times[size], found.acceptance, found.correction, False) * (
+        1.01 if size == 4 else 0.99
+    )
     tokens = tokens_a_round(found.acceptance[point.plan], point.num_drafts)
     stages = found.times[size].round_ms(point, False)
     split = dict(calibrate=stages / 4, draft=stages / 2, verify=stages / 4)

@@ -142,6 +142,7 @@ def findings_json(found: Findings) -> dict[str, Any]:
             plan(scoped) | {"score": found.costs.get(scoped), "acceptance": acceptance}
             for scoped, acceptance in found.acceptance.items()
         ],
+        "correction_by_k": found.correction,
         "same_answers": found.same_answers,
         "times": [
             {"batch_size": size, "calibrate_ms": t.calibrate, "verify_ms": t.verify, "other_ms": t.other}

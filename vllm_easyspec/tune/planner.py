@@ -3,7 +3,8 @@
 A group's cost is what running it side by side loses (`fidelity.py`); costs of a plan's groups add up. Dynamic
 programming then gives the cheapest plan for each number of groups, and so for each number of sequential steps. A round
 of K drafts takes `calibrate(K) + (K - 1) * step + verify(K)` and yields `1 + sum of the acceptance at positions 1 to K`
-tokens a request.
+tokens a request. Acceptance is measured at the largest K, where stretches that are easy to draft take few rounds and so
+weigh little; at a smaller K they weigh more, which one plan's real tokens a round there correct for all.
 """
 
 from collections.abc import Mapping, Sequence
@@ -88,8 +89,23 @@ def best_plans(num_layers: int, costs: GroupCosts) -> list[LayerPlan]:
 
 
 def most_promising(plans: Sequence[ScopedPlan], costs: Mapping[ScopedPlan, float], count: int) -> list[ScopedPlan]:
-    """At most `count` of the plans, by what is kept of the drafts over the sequential steps that it takes."""
-    return sorted(plans, key=lambda plan: (1 - min(1.0, costs[plan])) / plan.steps, reverse=True)[:count]
+    """At most `count` of the plans, the highest guess of a rate first."""
+    return sorted(plans, key=lambda plan: _guessed_rate(plan, costs[plan]), reverse=True)[:count]
+
+
+def _guessed_rate(plan: ScopedPlan, cost: float) -> float:
+    """Tokens over sequential steps at the best K, good enough to rank plans by before anything was measured.
+
+    The target takes a draft with probability 0.7 as long as nothing is fuzzy, and verifies as long as the drafter
+    calibrates; a fuzzy step keeps `1 - cost` of that probability.
+    """
+    target, kept = 0.7, 1 - min(1.0, cost)
+    calibrate = verify = 2 * plan.plan.num_layers
+    tokens, best = 1 + target, 0.0
+    for drafts in range(2, 9):
+        tokens += target**drafts * kept ** (drafts - 1)
+        best = max(best, tokens / (calibrate + verify + (drafts - 1) * plan.steps))
+    return best
 
 
 def tokens_a_round(acceptance: Sequence[float], num_drafts: int) -> float:
@@ -98,10 +114,15 @@ def tokens_a_round(acceptance: Sequence[float], num_drafts: int) -> float:
 
 
 def predicted_rate(
-    point: Point, batch_size: int, times: StageTimes, acceptance: Mapping[ScopedPlan, Sequence[float]], with_other: bool
+    point: Point,
+    batch_size: int,
+    times: StageTimes,
+    acceptance: Mapping[ScopedPlan, Sequence[float]],
+    correction: Mapping[int, float],
+    with_other: bool,
 ) -> float:
-    """Tokens a second of `batch_size` requests."""
-    tokens = tokens_a_round(acceptance[point.plan], point.num_drafts)
+    """Tokens a second of `batch_size` requests. correction: by K, real tokens a round over those by acceptance."""
+    tokens = tokens_a_round(acceptance[point.plan], point.num_drafts) * _between(correction, point.num_drafts)
     return 1e3 * batch_size * tokens / times.round_ms(point, with_other)
 
 

@@ -38,6 +38,7 @@ from vllm_easyspec.tune.planner import (
     plan_cost,
     predicted_rate,
     ranges,
+    tokens_a_round,
 )
 from vllm_easyspec.tune.progress import Progress
 
@@ -73,6 +74,7 @@ class Findings:
     by_wall: bool  # whether choices rest on wall-clock rates, or on those of the stages alone
     costs: dict[ScopedPlan, float] = field(default_factory=dict)  # the scores of the searched plans
     acceptance: dict[ScopedPlan, list[float]] = field(default_factory=dict)  # by position
+    correction: dict[int, float] = field(default_factory=dict)  # by K, see `planner.py`
     same_answers: bool | None = None  # of all plans, token for token; None where answers are sampled
     times: dict[int, StageTimes] = field(default_factory=dict)  # by batch size
     confirmed: dict[int, dict[Point, Confirmed]] = field(default_factory=dict)  # by batch size
@@ -88,7 +90,7 @@ class Findings:
         times = self.times[batch_size]
         untuned = self.untuned[batch_size].plan
         return {
-            point: predicted_rate(point, batch_size, times, self.acceptance, self.by_wall)
+            point: predicted_rate(point, batch_size, times, self.acceptance, self.correction, self.by_wall)
             for plan, acceptance in self.acceptance.items()
             if plan in times.step
             for point in (Point(plan, k) for k in range(0 if plan == untuned else 2, len(acceptance) + 1))
@@ -196,19 +198,31 @@ class Tuner:
         expected = None
         params = self.flights.params.clone()
         params.max_tokens = self.settings.new_tokens
-        for plan in self.progress.within("acceptance", plans):
-            engine.use(Point(plan, self.most_drafts))
+        self.found.correction = {0: 1.0, self.most_drafts: 1.0}
+        points = [Point(plan, self.most_drafts) for plan in plans]
+        points[1:1] = [Point(plans[0], k) for k in self._fewer_drafts() if k]
+        for point in self.progress.within("acceptance", points):
+            engine.use(point)
             answers = engine.answer(self.settings.prompts, params)
-            self.found.acceptance[plan] = engine.rpc("easyspec_stats")["acceptance"]
+            stats = engine.rpc("easyspec_stats")
+            if point.num_drafts == self.most_drafts:
+                self.found.acceptance[point.plan] = stats["acceptance"]
+            else:
+                by_acceptance = tokens_a_round(self.found.acceptance[point.plan], point.num_drafts)
+                self.found.correction[point.num_drafts] = stats["tokens_a_round"] / by_acceptance
             if self.settings.temperature == 0:
                 expected = expected or answers
                 self.found.same_answers = answers == expected and self.found.same_answers is not False
+
+    def _fewer_drafts(self) -> list[int]:
+        """The K, beside the largest, at which figures that depend on K are measured; others lie between."""
+        return sorted({0, 1, 2, self.most_drafts // 2} - {self.most_drafts})
 
     def _measure_times(self, engine: TunedEngine) -> None:
         most = self.most_drafts
         plans = list(self.found.acceptance)
         points = [Point(plan, most) for plan in plans]
-        points += [Point(plans[0], k) for k in sorted({0, 1, 2, most // 2} - {most})]
+        points += [Point(plans[0], k) for k in self._fewer_drafts()]
         seen: dict[tuple[int, Point], list[Observation]] = defaultdict(list)
         sweeps = [(turn, size) for turn in range(self.settings.turns) for size in self.settings.batch_sizes]
         for turn, size in self.progress.within("times", sweeps):
