@@ -187,8 +187,7 @@ class LookaheadMaps(nn.Module):
     """A rank's maps: attention maps for its own layers, MLP maps for all.
 
     A tensor-parallel MLP needs its whole input on every rank, so the MLP maps are replicated: cutting them would cost a
-    collective a group to save a thin product. The first layer of a group, which reads the group's input, has a map of
-    zeros, so that a group is one slice.
+    collective a group to save a thin product. The first layer of a group reads the group's input and has no map.
     """
 
     def __init__(
@@ -202,14 +201,14 @@ class LookaheadMaps(nn.Module):
         """tensors: as in a file; like: of the drafter's device and dtype."""
         super().__init__()
         self.reach = dict(reach)
+        self.own_layers = placement.layers_of(rank)
         self.attention: dict[int, _StackedMaps] = {}
         self.mlp: dict[int, _StackedMaps] = {}
         for start, last in reach.items():
-            group = range(start, last + 1)
-            own = [layer - start for layer in placement.layers_of(rank) if layer in group]
-            for kind, maps, kept in (("attention", self.attention, own), ("mlp", self.mlp, list(range(len(group))))):
-                stacked = [tensors[f"{kind}.{start}.{part}"].to(like) for part in PARTS]
-                maps[start] = _StackedMaps(*(torch.cat([torch.zeros_like(p[:1]), p])[kept] for p in stacked))
+            later = range(start + 1, last + 1)
+            own = [layer - later.start for layer in self.own_layers if layer in later]
+            for kind, maps, kept in (("attention", self.attention, own), ("mlp", self.mlp, list(range(len(later))))):
+                maps[start] = _StackedMaps(*(tensors[f"{kind}.{start}.{part}"][kept].to(like) for part in PARTS))
                 self.add_module(f"{kind}_{start}", maps[start])
 
     @classmethod
@@ -220,7 +219,7 @@ class LookaheadMaps(nn.Module):
 
     def of_group(self, start: int, h: torch.Tensor, previous: torch.Tensor) -> "GroupLookahead":
         """For a group from layer `start` on with input h; previous: the final hidden states of the tokens before."""
-        return GroupLookahead(self.attention[start], self.mlp[start], h, previous)
+        return GroupLookahead(self.attention[start], self.mlp[start], h, previous, start in self.own_layers)
 
 
 @dataclass(frozen=True)
@@ -231,14 +230,18 @@ class GroupLookahead:
     mlp: _StackedMaps
     h: torch.Tensor  # [tokens, hidden]
     previous: torch.Tensor  # [tokens, hidden]
+    owns_first: bool  # whether the attention of the group's first layer is this rank's
 
     def attention_inputs(self, layers: int) -> torch.Tensor:
         """What this rank's `layers` attentions of the group read, `[layers, tokens, hidden]`."""
-        return self._corrected(self.attention, self.h, layers)
+        h = self.h.unsqueeze(0)
+        if not self.owns_first:
+            return self._corrected(self.attention, self.h, layers)
+        return h if layers == 1 else torch.cat([h, self._corrected(self.attention, self.h, layers - 1)])
 
     def mlp_inputs(self, prefixes: torch.Tensor) -> torch.Tensor:
         """What the group's MLPs read in block scope; prefixes and result `[group, tokens, hidden]`."""
-        return self._corrected(self.mlp, prefixes, prefixes.shape[0])
+        return torch.cat([prefixes[:1], self._corrected(self.mlp, prefixes[1:], prefixes.shape[0] - 1)])
 
     def _corrected(self, maps: _StackedMaps, x: torch.Tensor, layers: int) -> torch.Tensor:
         return look_ahead(x, self.h, self.previous, maps.down, maps.up, maps.bias, layers, EPS)

@@ -96,6 +96,6 @@ def test_a_rank_holds_the_attention_maps_of_its_own_layers(results_at):
     attention = MAP_RANK * 3 * HIDDEN + HIDDEN
     mlp = MAP_RANK * 4 * HIDDEN + HIDDEN
     for rank, result in enumerate(results_at(4)):
-        own = sum(layer % 4 == rank for start, last in REACH.items() for layer in range(start, last + 1))
-        every = sum(last - start + 1 for start, last in REACH.items())
+        own = sum(layer % 4 == rank for start, last in REACH.items() for layer in range(start + 1, last + 1))
+        every = sum(last - start for start, last in REACH.items())
         assert result.map_parameters == own * attention + every * mlp
