@@ -46,18 +46,21 @@ def group_costs(
 ) -> list[tuple[int, int, float]]:
     """First layer, size and score of every group of 2 to `max_size` layers, over one prompt `ids` (`[tokens] int64`).
 
-    All ranks must call it together: the passes have collectives.
+    With look-ahead maps, of every group that they cover. All ranks must call it together: the passes have collectives.
     """
     model.counters = PassCounters()  # these passes belong to no stage
     layers = model.shape.num_layers
     precise = DensePass(len(ids), model.shape.sliding_window, ids.device)
-    expected = _distributions(model, model(ids, LayerPlan.precise(layers), scope, precise))
-    step = FirstStepPass(precise)
+    hidden = model(ids, LayerPlan.precise(layers), scope, precise)
+    expected = _distributions(model, hidden)
+    step, previous = FirstStepPass(precise), torch.nn.functional.pad(hidden[:-1], (0, 0, 1, 0))
     costs = []
     for size in range(2, max_size + 1):
         for start in range(layers - size + 1):
+            if model.lookahead is not None and start + size - 1 > model.lookahead.reach.get(start, start):
+                continue
             plan = LayerPlan((1,) * start + (size,) + (1,) * (layers - start - size))
-            found = _distributions(model, model(ids, plan, scope, step))
+            found = _distributions(model, model(ids, plan, scope, step, previous))
             costs.append((start, size, float(0.5 * (found - expected).abs().sum(-1).mean())))
     return costs
 
