@@ -1,9 +1,9 @@
-# make install | demo | test | lint | format | clean. Each does the set-up first where it is missing.
+# make install | demo | tune | test | bench | gpu-check | lint | format | clean. Each does the set-up first where missing.
 #
 # TARGET       cuda or cpu; by itself cuda where nvidia-smi lists a GPU
 # TORCH_INDEX  PyTorch's CPU wheel index, for a CPU host whose pip does not know one
 # PYTHON       the Python that .venv is made of, 3.11 or newer; python3.11 where it exists, as the tests run on it
-# ARGS         more arguments for pytest or the demo
+# ARGS         more arguments for pytest, the demo or gpu-check
 
 TARGET ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 TARGET := $(TARGET)
@@ -14,7 +14,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed-$(TARGET)
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 
-.PHONY: install demo test lint lint-cuda format clean
+.PHONY: install demo tune test bench gpu-check lint lint-cuda format clean
 
 install: $(INSTALLED)
 
@@ -30,8 +30,36 @@ $(BIN)/pip:
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py $(ARGS)
 
+# The tiny pair's tuned configuration, from held-out prompts; ARGS may add a time budget and the like.
+tune: $(INSTALLED)
+	mkdir -p build
+	$(BIN)/python examples/tiny-pair/held_out.py build/prompts.jsonl
+	$(BIN)/vllm-easyspec tune --model examples/tiny-pair/target --config configs/tiny-pair.yaml \
+		--prompts build/prompts.jsonl -o configs/tiny-pair-tuned.yaml --report build/tiny-pair-tuned.html \
+		--json benchmarks/results/tune-cpu.json $(ARGS) -- --dtype float32 --max-model-len 1024 \
+		--kv-cache-memory-bytes 256M --enforce-eager
+
 test: $(INSTALLED)
 	$(BIN)/pytest $(ARGS)
+
+# The CPU figures, on two cores that do nothing else; about 15 minutes.
+RESULTS := benchmarks/results
+BENCH := $(BIN)/vllm-easyspec bench
+TINY_PAIR := --model examples/tiny-pair/target --config configs/tiny-pair.yaml --dtype float32 \
+	--engine '{"kv_cache_memory_bytes": 268435456}'
+bench: $(INSTALLED)
+	$(BENCH) draft-step --drafter examples/tiny-pair/drafter --ranks 2 --plans 1-4-4-1 1-8-1 --batch 1,8 --context 256 \
+		--json $(RESULTS)/draft-step-cpu.json --plot docs/draft-step-cpu.svg
+	$(BIN)/python benchmarks/rounds.py --json $(RESULTS)/rounds-cpu.json
+	$(BIN)/python benchmarks/held_out.py build/held-out.jsonl
+	$(BENCH) engine $(TINY_PAIR) --prompts build/held-out.jsonl --concurrency 1,4,16 --output-tokens 64 \
+		--json $(RESULTS)/engine-cpu.json --plot docs/engine-cpu.svg
+	$(BENCH) engine $(TINY_PAIR) --input-tokens 1900 --output-tokens 16 --concurrency 1 --requests 8 --turns 1 \
+		--baselines none,draft_model --json $(RESULTS)/engine-long-prompts-cpu.json
+	$(BIN)/python benchmarks/interpreted.py --json $(RESULTS)/interpreted-cpu.json
+
+gpu-check: $(INSTALLED)
+	$(BIN)/python tools/gpu_check.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

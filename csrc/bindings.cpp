@@ -168,14 +168,15 @@ Tensor group_rms_norm(const Tensor& x, const Tensor& weights, double eps) {
       .eps = static_cast<float>(eps),
       .dtype = dtype_of(x, "x"),
   };
-  if (num_rows(args) == 0) return out;
+  const int64_t rows = (shared ? 1 : layers) * tokens;
+  if (rows == 0) return out;
 #ifdef EASYSPEC_CUDA
   if (x.is_cuda()) {
     on_device_of(x, [&](void* stream) { group_rms_norm_cuda(args, stream); });
     return out;
   }
 #endif
-  run_phase(group_rms_norm_cpu, args, num_rows(args), hidden * (shared ? layers : 1));
+  run_phase(group_rms_norm_cpu, args, rows, hidden * (shared ? layers : 1));
   return out;
 }
 
@@ -268,6 +269,24 @@ void rotate_and_store(const Tensor& qkv,
   }
 #endif
   run_phase(rotate_and_store_cpu, args, rows, 4 * (num_heads + num_kv_heads) * head_dim);
+}
+
+Tensor embed_shard(const Tensor& ids, const Tensor& table, int64_t first, int64_t rows) {
+  check(ids, "ids", ScalarType::Long, ids.size(0));
+  STD_TORCH_CHECK(table.dim() == 2 && rows <= table.size(0), "table is not [at least rows, hidden]");
+  check_contiguous(table, "table", table.scalar_type(), table.numel());
+  Tensor out = torch::stable::new_empty(table, {ids.size(0), table.size(1)});
+  const EmbedShard args{
+      .ids = static_cast<const int64_t*>(ids.data_ptr()),
+      .ids_stride = ids.stride(0),
+      .table = table.data_ptr(),
+      .out = out.data_ptr(),
+      .first = first,
+      .rows = rows,
+      .row_bytes = table.size(1) * static_cast<int64_t>(table.element_size()),
+  };
+  run_phase(embed_shard_phase, args, ids.size(0), table.size(1));
+  return out;
 }
 
 Tensor norm_and_project(const Tensor& x,
@@ -439,6 +458,7 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CPU, library) {
   library.impl("group_rms_norm", TORCH_BOX(&easyspec::group_rms_norm));
   library.impl("prefix_sums", TORCH_BOX(&easyspec::prefix_sums));
   library.impl("rotate_and_store", TORCH_BOX(&easyspec::rotate_and_store));
+  library.impl("embed_shard", TORCH_BOX(&easyspec::embed_shard));
   library.impl("norm_and_project", TORCH_BOX(&easyspec::norm_and_project));
   library.impl("project_among_zeros", TORCH_BOX(&easyspec::project_among_zeros));
   library.impl("sum_of_mlps", TORCH_BOX(&easyspec::sum_of_mlps));

@@ -28,16 +28,15 @@ EASYSPEC_BODY float inverse_rms(const T* x, int64_t hidden, float eps, Lanes lan
   return 1 / sqrtf(lanes.sum(sum) / static_cast<float>(hidden) + eps);
 }
 
-// One row of the input: a token, of all layers where they share it.
+// A token of the layers from `first` to `last`, which read one input: all of them where it is shared, else one.
 template <class T, class Lanes>
-EASYSPEC_BODY void group_rms_norm_row(const GroupRmsNorm& a, int64_t row, Lanes lanes) {
-  const T* x = static_cast<const T*>(a.x) + row * a.hidden;
+EASYSPEC_BODY void group_rms_norm_token(
+    const GroupRmsNorm& a, int64_t token, int64_t first, int64_t last, Lanes lanes) {
+  const T* x = static_cast<const T*>(a.x) + ((a.shared ? 0 : first * a.tokens) + token) * a.hidden;
   const float scale = inverse_rms(x, a.hidden, a.eps, lanes);
-  const int64_t first = a.shared ? 0 : row / a.tokens;
-  const int64_t last = a.shared ? a.layers : first + 1;
   for (int64_t layer = first; layer < last; ++layer) {
     const T* weights = static_cast<const T*>(a.weights) + layer * a.hidden;
-    T* out = static_cast<T*>(a.out) + (layer * a.tokens + row % a.tokens) * a.hidden;
+    T* out = static_cast<T*>(a.out) + (layer * a.tokens + token) * a.hidden;
     // Rounded between the two factors, as the models' own norms do.
     for (int64_t i = lanes.first(); i < a.hidden; i += lanes.step()) {
       from_float(rounded<T>(to_float(x[i]) * scale) * to_float(weights[i]), out[i]);
@@ -45,9 +44,7 @@ EASYSPEC_BODY void group_rms_norm_row(const GroupRmsNorm& a, int64_t row, Lanes 
   }
 }
 
-inline int64_t num_rows(const GroupRmsNorm& a) { return a.shared ? a.tokens : a.layers * a.tokens; }
-
-void group_rms_norm_cpu(const GroupRmsNorm& args, int64_t begin, int64_t end);  // rows
+void group_rms_norm_cpu(const GroupRmsNorm& args, int64_t begin, int64_t end);  // tokens, of each layer if not shared
 void group_rms_norm_cuda(const GroupRmsNorm& args, void* stream);
 
 }  // namespace easyspec

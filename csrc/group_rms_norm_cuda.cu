@@ -4,19 +4,19 @@
 
 namespace easyspec {
 
-// A warp a row.
+constexpr unsigned kThreads = 256;
+
+// A block a token of a layer. Layers that share an input take its variance each: that is sooner done than passed on.
 template <class T>
 __global__ void group_rms_norm_kernel(GroupRmsNorm args) {
-  const int64_t row = blockIdx.x * static_cast<int64_t>(blockDim.y) + threadIdx.y;
-  const int64_t rows = args.shared ? args.tokens : args.layers * args.tokens;
-  if (row < rows) group_rms_norm_row<T>(args, row, WarpLanes{});
+  const int64_t layer = blockIdx.x / args.tokens;
+  group_rms_norm_token<T>(args, blockIdx.x % args.tokens, layer, layer + 1, BlockLanes<kThreads>{});
 }
 
 void group_rms_norm_cuda(const GroupRmsNorm& args, void* stream) {
-  constexpr unsigned kWarps = 4;
-  const auto blocks = static_cast<unsigned>((num_rows(args) + kWarps - 1) / kWarps);
+  const auto blocks = static_cast<unsigned>(args.layers * args.tokens);
   with_type(args.dtype, [&](auto type) {
-    group_rms_norm_kernel<decltype(type)><<<blocks, dim3(32, kWarps), 0, static_cast<cudaStream_t>(stream)>>>(args);
+    group_rms_norm_kernel<decltype(type)><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
   });
 }
 

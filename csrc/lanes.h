@@ -1,6 +1,6 @@
 // What lets a kernel's body be written once for both devices: lanes that share its work, and the number formats.
 //
-// On the host one lane does all of the work and sums are what it has. On a GPU the 32 lanes of a warp take turns.
+// On the host one lane does all of the work. On a GPU the lanes of a warp, or the threads of a block, take turns.
 #pragma once
 
 #include <cstdint>
@@ -10,11 +10,13 @@
 #include <cuda_fp16.h>
 #define EASYSPEC_BODY __host__ __device__ __forceinline__
 #define EASYSPEC_SUM_IN_ANY_ORDER(sum)
+#define EASYSPEC_INDEPENDENT
 #else
 #include <bit>
 #define EASYSPEC_BODY inline __attribute__((always_inline))
 #define EASYSPEC_PRAGMA(text) _Pragma(#text)
 #define EASYSPEC_SUM_IN_ANY_ORDER(sum) EASYSPEC_PRAGMA(omp simd reduction(+ : sum))
+#define EASYSPEC_INDEPENDENT _Pragma("omp simd")
 #endif
 
 namespace easyspec {
@@ -88,6 +90,22 @@ struct WarpLanes {
   __device__ __forceinline__ float sum(float x) const {
     for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffff, x, distance);
     return x;
+  }
+};
+
+// All threads of a block. `sum` may be called once: its shared memory is not used again.
+template <unsigned kThreads>
+struct BlockLanes {
+  __device__ __forceinline__ int64_t first() const { return threadIdx.x; }
+  __device__ __forceinline__ int64_t step() const { return kThreads; }
+  __device__ __forceinline__ float sum(float x) const {
+    __shared__ float of_warps[kThreads / 32];
+    x = WarpLanes{}.sum(x);
+    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = x;
+    __syncthreads();
+    float total = 0;
+    for (const float part : of_warps) total += part;
+    return total;
   }
 };
 #endif

@@ -29,24 +29,42 @@ struct RotateAndStore {
   DType dtype;
 };
 
-// In place: the norm of one head, then its rotation.
-template <class T, class Lanes>
-EASYSPEC_BODY void rotate_head(const RotateAndStore& a, T* x, const T* norm, const T* cos_sin, Lanes lanes) {
-  const float scale = norm ? inverse_rms(x, a.head_dim, a.eps, lanes) : 1;
-  const auto at = [&](int64_t i) {
-    return norm ? rounded<T>(rounded<T>(to_float(x[i]) * scale) * to_float(norm[i])) : to_float(x[i]);
-  };
-  const int64_t half = a.rotary_dim / 2;
+// Calls f(i) for the numbers of a head that are this lane's: pairs that are rotated together, in the first
+// `rotary_dim`, and its share of the rest. Lanes need not wait for one another, since none reads what another has
+// written.
+template <class Lanes, class F>
+EASYSPEC_BODY void for_own_numbers(const RotateAndStore& a, int64_t rotary_dim, Lanes lanes, F f) {
+  const int64_t half = rotary_dim / 2, stride = a.neox ? 1 : 2, apart = a.neox ? half : 1;
+  EASYSPEC_INDEPENDENT
   for (int64_t i = lanes.first(); i < half; i += lanes.step()) {
-    const int64_t one = a.neox ? i : 2 * i;
-    const int64_t two = a.neox ? i + half : 2 * i + 1;
-    const float x1 = at(one), x2 = at(two), cos = to_float(cos_sin[i]), sin = to_float(cos_sin[half + i]);
-    from_float(x1 * cos - x2 * sin, x[one]);
-    from_float(x2 * cos + x1 * sin, x[two]);
+    f(i * stride);
+    f(i * stride + apart);
   }
-  if (norm) {
-    for (int64_t i = a.rotary_dim + lanes.first(); i < a.head_dim; i += lanes.step()) from_float(at(i), x[i]);
+  EASYSPEC_INDEPENDENT
+  for (int64_t i = rotary_dim + lanes.first(); i < a.head_dim; i += lanes.step()) f(i);
+}
+
+// In place: the rotation of one head.
+template <class T, class Lanes>
+EASYSPEC_BODY void rotate_head(const RotateAndStore& a, T* x, const T* cos_sin, Lanes lanes) {
+  const int64_t half = a.rotary_dim / 2;
+  const int64_t stride = a.neox ? 1 : 2, apart = a.neox ? half : 1;
+  EASYSPEC_INDEPENDENT
+  for (int64_t i = lanes.first(); i < half; i += lanes.step()) {
+    const float x1 = to_float(x[i * stride]), x2 = to_float(x[i * stride + apart]);
+    const float cos = to_float(cos_sin[i]), sin = to_float(cos_sin[half + i]);
+    from_float(x1 * cos - x2 * sin, x[i * stride]);
+    from_float(x2 * cos + x1 * sin, x[i * stride + apart]);
   }
+}
+
+// In place: the norm of one head. A lane norms the numbers that it rotates and stores.
+template <class T, class Lanes>
+EASYSPEC_BODY void norm_head(const RotateAndStore& a, T* x, const T* norm, Lanes lanes) {
+  const float scale = inverse_rms(x, a.head_dim, a.eps, lanes);
+  for_own_numbers(a, a.rotary_dim, lanes, [&](int64_t i) {
+    from_float(rounded<T>(to_float(x[i]) * scale) * to_float(norm[i]), x[i]);
+  });
 }
 
 // One head of one row: a query, a key, or (to be stored only) a value.
@@ -57,22 +75,14 @@ EASYSPEC_BODY void rotate_and_store_head(const RotateAndStore& a, int64_t row, i
   const bool is_value = head >= a.heads + a.kv_heads;
   if (!is_value) {
     const void* norms = is_query ? a.q_norms : a.k_norms;
-    const T* norm = norms ? static_cast<const T*>(norms) + row / a.tokens * a.head_dim : nullptr;
-    rotate_head(a, x, norm, static_cast<const T*>(a.cos_sin) + a.positions[row] * a.rotary_dim, lanes);
+    if (norms) norm_head(a, x, static_cast<const T*>(norms) + row / a.tokens * a.head_dim, lanes);
+    rotate_head(a, x, static_cast<const T*>(a.cos_sin) + a.positions[row] * a.rotary_dim, lanes);
   }
   if (is_query || !a.cache || a.slots[row] < 0) return;
   const int64_t slot = a.slots[row], kv_head = (head - a.heads) % a.kv_heads;
   T* stored = static_cast<T*>(a.cache) + slot / a.page_tokens * a.page_stride + slot % a.page_tokens * a.token_stride +
               kv_head * a.head_stride + (is_value ? a.head_dim : 0);
-  // A lane stores only what it has written itself, so lanes need not wait for one another.
-  const int64_t half = is_value ? 0 : a.rotary_dim / 2;
-  for (int64_t i = lanes.first(); i < half; i += lanes.step()) {
-    const int64_t one = a.neox ? i : 2 * i;
-    const int64_t two = a.neox ? i + half : 2 * i + 1;
-    stored[one] = x[one];
-    stored[two] = x[two];
-  }
-  for (int64_t i = 2 * half + lanes.first(); i < a.head_dim; i += lanes.step()) stored[i] = x[i];
+  for_own_numbers(a, is_value ? 0 : a.rotary_dim, lanes, [&](int64_t i) { stored[i] = x[i]; });
 }
 
 void rotate_and_store_cpu(const RotateAndStore& args, int64_t begin, int64_t end);  // rows

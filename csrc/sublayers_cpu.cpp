@@ -2,6 +2,18 @@
 
 namespace easyspec {
 
+void embed_shard_phase(const EmbedShard& a, int64_t begin, int64_t end) {
+  for (int64_t token = begin; token < end; ++token) {
+    char* out = static_cast<char*>(a.out) + token * a.row_bytes;
+    const int64_t row = a.ids[token * a.ids_stride] - a.first;
+    if (row >= 0 && row < a.rows) {
+      std::memcpy(out, static_cast<const char*>(a.table) + row * a.row_bytes, a.row_bytes);
+    } else {
+      std::memset(out, 0, a.row_bytes);
+    }
+  }
+}
+
 void norm_phase(const NormAndProject& a, int64_t begin, int64_t end) {
   with_type(a.dtype, [&](auto type) {
     using T = decltype(type);

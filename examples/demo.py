@@ -1,4 +1,4 @@
-"""The tiny pair end to end: `vllm serve` with easyspec, asked through the `openai` client.
+"""The tiny pair end to end: `vllm serve` with easyspec, asked through the `openai` client; then tuned against untuned.
 
 Exits with 0 if the texts equal those of a second server, in which the target decodes alone.
 """
@@ -6,6 +6,7 @@ Exits with 0 if the texts equal those of a second server, in which the target de
 import argparse
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ def main() -> int:
 
     if texts == plain:
         print("Both texts equal plain decoding.")
-        return 0
+        return compare_tuned(options)
     print(f"DIFFERENT from plain decoding, which gave:\n{plain.completion}\n--- and ---\n{plain.chat}", file=sys.stderr)
     return 1
 
@@ -53,6 +54,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=relative(ROOT / "examples/tiny-pair/target"), help="the target")
     parser.add_argument(
         "--config", type=Path, default=relative(ROOT / "configs/tiny-pair.yaml"), help="easyspec's YAML"
+    )
+    parser.add_argument(
+        "--tuned", type=Path, default=relative(ROOT / "configs/tiny-pair-tuned.yaml"), help="by vllm-easyspec tune"
     )
     parser.add_argument("--tensor-parallel-size", type=int, default=2 if len(cores()) > 1 else 1, help="ranks")
     parser.add_argument("--max-tokens", type=int, default=96, help="tokens an answer")
@@ -108,6 +112,15 @@ def report(ranks: list[dict]) -> None:
     for rank in ranks:
         times = ", ".join(f"{stage} {took:.1f} ms" for stage, took in rank["stage_ms"].items() if took is not None)
         print(f"a round on rank {rank['rank']}      {times}")
+
+
+def compare_tuned(options: argparse.Namespace) -> int:
+    """Exit code of `compare.py`, which prints what it measures."""
+    print(
+        f"\nThe same drafter, tuned ({options.tuned}), in turn with the above in one engine on one rank ...", flush=True
+    )
+    given = ["--model", options.model, "--untuned", options.config, "--tuned", options.tuned]
+    return subprocess.run([sys.executable, str(ROOT / "examples" / "compare.py"), *map(str, given)]).returncode
 
 
 def cores() -> list[int]:

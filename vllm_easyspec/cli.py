@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from vllm_easyspec.bench import BenchmarkError
 from vllm_easyspec.config import ConfigError, EasySpecConfig, LayerParallelConfig
 from vllm_easyspec.versions import UnsupportedVllmError
 
@@ -16,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.run(args)
-    except (ConfigError, UnsupportedVllmError) as error:
+    except (BenchmarkError, ConfigError, UnsupportedVllmError) as error:
         print(f"vllm-easyspec {args.command}: error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -28,6 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_doctor(commands)
     _add_schema(commands)
     _add_bench(commands)
+    _add_tune(commands)
     _add_fit(commands)
     return parser
 
@@ -82,8 +84,43 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     step.add_argument("--load-format", default="auto", help="vLLM's, such as dummy for random weights")
     step.add_argument("--mlp", default="auto", choices=["auto", "tensor", "replicate"])
     step.add_argument("--repetitions", type=int, default=60)
-    step.add_argument("--json", metavar="FILE", help="keep the result here")
+    _add_output(step)
     step.set_defaults(run=_bench_draft_step)
+    engine = benchmarks.add_parser(
+        "engine", help="the same prompts through real engines in turn: easyspec against its baselines"
+    )
+    engine.add_argument("--model", metavar="TARGET", required=True, help="the target: a folder or a hub name")
+    engine.add_argument("--config", required=True, help="easyspec's: a path to YAML or JSON, or inline JSON")
+    engine.add_argument(
+        "--baselines",
+        metavar="ARM,...",
+        type=_names,
+        default=["none", "draft_model", "precise"],
+        help="of none, draft_model, precise; all by default. Losslessness is checked against none",
+    )
+    engine.add_argument("--prompts", metavar="FILE.jsonl", type=Path, help="(default: random token ids)")
+    engine.add_argument("--concurrency", metavar="C,...", type=_integers(","), default=[1, 4, 16, 64])
+    engine.add_argument("--requests", metavar="N", type=int, default=16, help="at least, and two a slot (default: 16)")
+    engine.add_argument("--output-tokens", metavar="N", type=int, default=128)
+    engine.add_argument(
+        "--input-tokens", metavar="N", type=int, help="of a random prompt (default: 256); with --prompts, at most"
+    )
+    engine.add_argument(
+        "--turns", metavar="N", type=int, default=2, help="of each arm, forward and backward (default: 2)"
+    )
+    engine.add_argument("--tensor-parallel-size", "-tp", metavar="T", type=int, default=1, help="ranks (default: 1)")
+    engine.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
+    engine.add_argument("--load-format", default="auto", help="vLLM's, such as dummy for random weights")
+    engine.add_argument(
+        "--engine", metavar="JSON", default="{}", help="more of vLLM's engine arguments, for all arms alike"
+    )
+    _add_output(engine)
+    engine.set_defaults(run=_bench_engine)
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", metavar="FILE", type=Path, help="keep the result here")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw it, such as result.svg (needs matplotlib)")
 
 
 def _integers(separator: str) -> Callable[[str], list[int]]:
@@ -93,11 +130,31 @@ def _integers(separator: str) -> Callable[[str], list[int]]:
     return integers
 
 
+def _at_least(least: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    return integer
+
+
 def _bench_draft_step(args: argparse.Namespace) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm_easyspec.bench import plot, report
     from vllm_easyspec.bench.draft_step import measure
-    from vllm_easyspec.bench.report import surroundings
+    from vllm_easyspec.drafter.plan import LayerPlan
+    from vllm_easyspec.support import read_drafter
 
+    report.check_writable(args.json)
+    plot.check(args.plot)
+    layers = read_drafter(args.drafter, None).num_layers
+    for sizes in args.plans or []:
+        try:
+            LayerPlan.of_sizes(layers, sizes)
+        except ValueError as error:
+            raise BenchmarkError(f"--plans {'-'.join(map(str, sizes))}: {error}") from error
     rows = measure(
         args.drafter,
         args.ranks,
@@ -109,17 +166,114 @@ def _bench_draft_step(args: argparse.Namespace) -> None:
         mlp=args.mlp,
         repetitions=args.repetitions,
     )
-    settings = {key: value for key, value in vars(args).items() if key not in ("run", "json")}
-    result = surroundings(" ".join(["vllm-easyspec", *sys.argv[1:]])) | {"settings": settings, "rows": rows}
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
-    print("scope     | plan      | ranks | batch | context | step ms | precise ms | speedup | floor ms")
-    for row in rows:
-        plan = "-".join(map(str, row["group_sizes"]))
-        print(
-            f"{row['scope']:9} | {plan:9} | {row['ranks']:5} | {row['batch']:5} | {row['context']:7} | "
-            f"{row['step_ms']:7.3f} | {row['precise_ms']:10.3f} | {row['speedup']:7.2f} | {row['floor_ms']:8.3f}"
-        )
+    report.write(args.json, report.surroundings(report.command_line()) | {"settings": _settings(args), "rows": rows})
+    if args.plot:
+        plot.draft_step(rows, args.plot)
+    header = ("scope", "plan", "ranks", "batch", "context", "step ms", "precise ms", "speedup", "floor ms")
+    cells = (
+        (row["scope"], "-".join(map(str, row["group_sizes"])), row["ranks"], row["batch"], row["context"])
+        + (f"{row['step_ms']:.3f}", f"{row['precise_ms']:.3f}", f"{row['speedup']:.2f}", f"{row['floor_ms']:.3f}")
+        for row in rows
+    )
+    print(report.table(header, cells))
+
+
+def _settings(args: argparse.Namespace) -> dict:
+    """Options as JSON, without those that say where the result goes."""
+    hidden = ("run", "json", "plot")
+    return {
+        key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key not in hidden
+    }
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _bench_engine(args: argparse.Namespace) -> None:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm_easyspec.bench import engine, plot, report
+
+    report.check_writable(args.json)
+    plot.check(args.plot)
+    config, workload, arguments = engine.prepare(args)
+    result = report.surroundings(report.command_line()) | {"settings": _settings(args)}
+
+    def keep(measured: dict) -> None:
+        result.update(measured)
+        report.write(args.json, result)
+
+    stopped: BenchmarkError | None = None
+    try:
+        engine.run(args.model, config, args.baselines, workload, arguments, args.turns, keep, _progress)
+    except BenchmarkError as error:
+        stopped = error
+    except KeyboardInterrupt:
+        stopped = BenchmarkError("interrupted")
+    if "rows" in result:
+        print(engine.describe(result))
+        if args.plot:
+            plot.engine(result["rows"], args.plot)
+        if lossy := engine.lossy_arms(result):
+            raise BenchmarkError(f"in float32 outputs of {', '.join(lossy)} differ from the target's own; see above")
+    if stopped:
+        kept = f" ({args.json} holds what was measured until then)" if args.json and "rows" in result else ""
+        raise BenchmarkError(f"{stopped}{kept}")
+
+
+def _progress(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _add_tune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    tune = commands.add_parser(
+        "tune", help="find the plan and the K that draft fastest for a pair, by batch size, and write them as YAML"
+    )
+    tune.add_argument("--model", metavar="TARGET", required=True, help="a folder or a hub name")
+    tune.add_argument("--config", metavar="YAML", required=True, help="the untuned configuration")
+    tune.add_argument(
+        "--prompts", metavar="FILE", required=True, help="JSON lines with prompt, text or turns; or lines"
+    )
+    tune.add_argument("-o", dest="out", metavar="YAML", required=True, help="write the tuned configuration here")
+    tune.add_argument("--report", metavar="HTML", help="write a report with plots here")
+    tune.add_argument("--json", metavar="FILE", help="keep all that was measured here")
+    tune.add_argument("--batch-sizes", metavar="B,...", type=_integers(","), default=[1, 2, 4, 8, 16])
+    tune.add_argument("--time-budget", metavar="SECONDS", type=float, help="for all, engine starts included")
+    tune.add_argument("--tensor-parallel-size", "-tp", metavar="T", type=int, default=1, help="ranks (default: 1)")
+    tune.add_argument(
+        "--max-drafts", metavar="K", type=_at_least(2), help="largest K tried (default: the YAML's, at least 8)"
+    )
+    tune.add_argument("--plans", metavar="N", type=_at_least(0), default=12, help="plans to measure (default: 12)")
+    tune.add_argument(
+        "--max-group", metavar="N", type=_at_least(1), default=8, help="layers in a group (default: at most 8)"
+    )
+    tune.add_argument(
+        "--prompt-tokens", metavar="N", type=_at_least(1), default=256, help="of a prompt (default: at most 256)"
+    )
+    tune.add_argument(
+        "--new-tokens", metavar="N", type=_at_least(8), default=64, help="to answer a prompt with (default: 64)"
+    )
+    tune.add_argument("--rounds", metavar="N", type=_at_least(1), default=8, help="of a plan at a time (default: 8)")
+    tune.add_argument("--turns", metavar="N", type=_at_least(1), default=3, help="that plans take (default: 3)")
+    tune.add_argument("--temperature", type=float, default=0.0, help="of the target's sampling (default: 0, greedy)")
+    tune.add_argument(
+        "--rate", choices=["wall", "stages"], help="time that choices rest on (default: wall; on a CPU stages)"
+    )
+    tune.add_argument(
+        "--baselines",
+        metavar="NAME,...",
+        default="untuned,draft_model,none",
+        help="engines to compare with at the end (default: untuned,draft_model,none; an empty text for no comparison)",
+    )
+    tune.add_argument("engine_arguments", nargs="*", metavar="-- VLLM_OPTION", help="such as -- --dtype bfloat16")
+    tune.set_defaults(run=_tune)
+
+
+def _tune(args: argparse.Namespace) -> None:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm_easyspec.tune.command import run
+
+    print(run(args))
 
 
 def _add_fit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -22,6 +22,8 @@ LOOKAHEAD_HASH_KEY = "lookahead_sha256"  # beside the options there
 
 MlpMode = Literal["auto", "tensor", "replicate"]
 Calibration = Literal["every_round", "never"]
+GroupedAttention = Literal["auto", "backend", "xformers"]
+PlanTable = tuple[tuple[int | None, LayerPlan, Scope], ...]  # largest batch size (None: any), plan, scope; ascending
 
 # vLLM's speculative fields that easyspec refuses, with the reason and the remedy.
 REFUSED_FIELDS = {
@@ -73,8 +75,8 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class LayerParallelConfig(_Strict):
-    """How the drafter's layers run side by side."""
+class PlanConfig(_Strict):
+    """One way to run the drafter's layers side by side."""
 
     scope: Scope = Field(
         default="attention",
@@ -95,35 +97,92 @@ class LayerParallelConfig(_Strict):
         description="the sizes of all groups in order, each an integer of at least 1, which must add up to the "
         "drafter's layers, such as [1, 4, 4, 1]; in place of group_size, precise_head and precise_tail",
     )
-    mlp: MlpMode = Field(
-        default="auto",
-        description="'tensor' (each MLP cut over the ranks), 'replicate' (whole on each rank, no collective) or 'auto' "
-        "(by the drafter's size)",
-    )
 
     @model_validator(mode="after")
-    def _one_way_to_group(self) -> "LayerParallelConfig":
+    def _one_way_to_group(self) -> "PlanConfig":
         beside = sorted(self.model_fields_set & {"group_size", "precise_head", "precise_tail"})
         if self.group_sizes is not None and beside:
             raise ValueError(
-                f"layer_parallel.group_sizes={list(self.group_sizes)} stands beside {', '.join(beside)}, and only one "
-                f"of the two ways is allowed. Remove group_sizes, or remove {' and '.join(beside)}"
+                f"group_sizes={list(self.group_sizes)} stands beside {', '.join(beside)}, and only one of the two ways "
+                f"is allowed. Remove group_sizes, or remove {' and '.join(beside)}"
             )
         return self
 
-    def plan(self, num_layers: int) -> LayerPlan:
-        """The plan for a drafter of `num_layers` layers. Raises `ConfigError` where group_sizes don't add up."""
+    def plan(self, num_layers: int, path: str = "layer_parallel") -> LayerPlan:
+        """The plan for a drafter of `num_layers` layers. Raises `ConfigError` where group_sizes don't add up.
+
+        path: where this stands in the configuration, for the error.
+        """
         if self.group_sizes is None:
             return LayerPlan.grouped(num_layers, self.group_size, self.precise_head, self.precise_tail)
         try:
             return LayerPlan.of_sizes(num_layers, self.group_sizes)
         except ValueError as error:
-            raise ConfigError(f"layer_parallel.{error}") from error
+            raise ConfigError(f"{path}.{error}") from error
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON that reads back to the same configuration."""
         grouping = {"group_size", "precise_head", "precise_tail"} if self.group_sizes else {"group_sizes"}
         return self.model_dump(mode="json", exclude=grouping)
+
+
+class BatchSizePlanConfig(PlanConfig):
+    """A plan for a range of batch sizes, from above the entry before to `up_to`."""
+
+    up_to: int | None = Field(
+        default=None,
+        ge=1,
+        description="the largest batch size of the entry: an integer of at least 1, such as 4; only the last entry may "
+        "go without",
+    )
+
+
+class LayerParallelConfig(PlanConfig):
+    """How the drafter's layers run side by side."""
+
+    mlp: MlpMode = Field(
+        default="auto",
+        description="'tensor' (each MLP cut over the ranks), 'replicate' (whole on each rank, no collective) or 'auto' "
+        "(by the drafter's size)",
+    )
+    by_batch_size: tuple[BatchSizePlanConfig, ...] = Field(
+        default=(),
+        strict=False,
+        description="a list of plans for ranges of batch sizes, such as [{up_to: 4, scope: block, group_size: 8}]; "
+        "larger batches take the plan beside the list",
+    )
+
+    @model_validator(mode="after")
+    def _ranges_ascend(self) -> "LayerParallelConfig":
+        ends = [entry.up_to for entry in self.by_batch_size]
+        for index, (end, following) in enumerate(zip(ends, ends[1:], strict=False)):
+            if end is None:
+                raise ValueError(
+                    f"by_batch_size[{index}] has no up_to, and only the last entry may go without. Add up_to, or "
+                    "remove the entries after it"
+                )
+            if following is not None and following <= end:
+                raise ValueError(
+                    f"by_batch_size[{index + 1}].up_to={following} is not above the {end} of the entry before. Order "
+                    "the entries by up_to, each larger than the last"
+                )
+        return self
+
+    def plan_table(self, num_layers: int) -> PlanTable:
+        """`by_batch_size` for a drafter of `num_layers` layers. Raises `ConfigError` where group_sizes don't add up."""
+        return tuple(
+            (entry.up_to, entry.plan(num_layers, f"layer_parallel.by_batch_size[{index}]"), entry.scope)
+            for index, entry in enumerate(self.by_batch_size)
+        )
+
+    def all_plans(self, num_layers: int) -> list[LayerPlan]:
+        """Every plan that some batch size takes. Raises `ConfigError` as `plan` does."""
+        return [self.plan(num_layers), *(plan for _, plan, _ in self.plan_table(num_layers))]
+
+    def to_json(self) -> dict[str, Any]:
+        fields = super().to_json()
+        del fields["by_batch_size"]
+        return fields | ({"by_batch_size": [p.to_json() for p in self.by_batch_size]} if self.by_batch_size else {})
 
 
 class RuntimeOptions(_Strict):
@@ -136,6 +195,11 @@ class RuntimeOptions(_Strict):
         default="every_round",
         description="'every_round' (the K/V of accepted tokens is made precise) or 'never' (to measure what that is "
         "worth)",
+    )
+    grouped_attention: GroupedAttention = Field(
+        default="auto",
+        description="'backend' (vLLM's attention backend takes a group's layers), 'xformers' or 'auto' (xformers where "
+        "the backend can't)",
     )
     check_ranks: bool = Field(
         default=False,
@@ -166,6 +230,7 @@ class RuntimeOptions(_Strict):
         return {
             "layer_parallel": self.layer_parallel.to_json(),
             "calibration": self.calibration,
+            "grouped_attention": self.grouped_attention,
             "check_ranks": self.check_ranks,
             **({"lookahead": self.lookahead} if self.lookahead else {}),
         }
@@ -235,22 +300,24 @@ class EasySpecConfig(RuntimeOptions):
         except ValidationError as error:
             raise ConfigError(prefix + "; ".join(_explain(part) for part in error.errors())) from None
 
+    def draft_model(self) -> dict[str, Any]:
+        """The speculative configuration of vLLM's own `draft_model` with this drafter, K and vLLM's fields."""
+        ours = set(RuntimeOptions.model_fields) | {"method"}
+        return {"method": "draft_model", **self.model_dump(mode="json", exclude=ours, exclude_none=True)}
+
     def to_vllm(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """vLLM's own speculative configuration, and the options that go to `additional_config["easyspec"]`."""
-        passed_through = self.model_dump(
-            mode="json", exclude=set(RuntimeOptions.model_fields) | {"method"}, exclude_none=True
-        )
-        options = RuntimeOptions(**{name: getattr(self, name) for name in RuntimeOptions.model_fields})
-        if self.draft_sample_method != "probabilistic":
-            passed_through.setdefault("use_local_argmax_reduction", True)
         # 1 passes vLLM's check of the head counts at any rank count, and Model Runner V2 reads it nowhere else.
-        speculative_config = {"method": "draft_model", **passed_through, "draft_tensor_parallel_size": 1}
+        fields = self.draft_model() | {"draft_tensor_parallel_size": 1}
+        if self.draft_sample_method != "probabilistic":
+            fields.setdefault("use_local_argmax_reduction", True)
+        options = RuntimeOptions(**{name: getattr(self, name) for name in RuntimeOptions.model_fields}).to_json()
         if self.lookahead is None:
-            return speculative_config, options.to_json()
+            return fields, options
         from vllm_easyspec.lookahead import content_hash
 
         # vLLM tells configurations apart by a hash of the options, and a path says nothing of what lies there.
-        return speculative_config, options.to_json() | {LOOKAHEAD_HASH_KEY: content_hash(self.lookahead)}
+        return fields, options | {LOOKAHEAD_HASH_KEY: content_hash(self.lookahead)}
 
     def check_model(self) -> None:
         """Raise `ConfigError` where `model` is a path on this machine without a model behind it."""
@@ -357,13 +424,20 @@ def _refuse_known_fields(fields: Mapping[str, Any], prefix: str) -> None:
             )
 
 
+# The fields at each place where a mapping may stand.
+_OWNERS: dict[tuple[str, ...], type[BaseModel]] = {
+    ("layer_parallel",): LayerParallelConfig,
+    ("layer_parallel", "by_batch_size"): BatchSizePlanConfig,
+}
+
+
 def _explain(error: Any) -> str:
     """One pydantic error as a sentence: field, value, what is allowed."""
     *parents, name = [part for part in error["loc"] if isinstance(part, str)] or [""]
-    path = ".".join([*parents, name])
-    owner = LayerParallelConfig if parents == ["layer_parallel"] else EasySpecConfig
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
+    owner = _OWNERS.get(tuple(parents), EasySpecConfig)
     if error["type"] == "value_error":
-        return str(error["ctx"]["error"])
+        return f"{path}.{error['ctx']['error']}".lstrip(".")
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, owner.model_fields, n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
@@ -371,6 +445,5 @@ def _explain(error: Any) -> str:
     description = owner.model_fields[name].description
     if error["type"] == "missing":
         return f"{path} is missing. Add it: {description}"
-    indexes = "".join(f"[{part}]" for part in error["loc"] if isinstance(part, int))
     message = error["msg"].replace("Tuple", "List").replace("tuple", "list")  # YAML and JSON have lists only
-    return f"{path}{indexes}={error['input']!r} is not allowed: {message}. Give {description}"
+    return f"{path}={error['input']!r} is not allowed: {message}. Give {description}"

@@ -61,6 +61,8 @@ def diagnose(
     shape = support.read_drafter(config.model, config.revision, config.code_revision)
     plan = config.layer_parallel.plan(shape.num_layers)
     scope = config.layer_parallel.scope
+    table = config.layer_parallel.plan_table(shape.num_layers)
+    plans = config.layer_parallel.all_plans(shape.num_layers)
     vocabulary = _vocabulary(shape, target)
     # A drafter takes the target's type, and `auto` loads float32 checkpoints at 16 bits too.
     itemsize = 4 if dtype == "float32" else 2
@@ -69,7 +71,7 @@ def diagnose(
     placement = LayerPlacement(shape.num_layers, num_ranks)
     maps = "none"
     if config.lookahead is not None:
-        maps = check_lookahead(config.lookahead, config.model, config.revision, shape, [plan]).describe()
+        maps = check_lookahead(config.lookahead, config.model, config.revision, shape, plans).describe()
     return [
         f"drafter     {config.model}: {shape.architecture}, {shape.num_layers} layers, {shape.num_heads} heads, "
         f"{shape.num_kv_heads} K/V heads of {shape.head_dim}, hidden {shape.hidden_size}, vocabulary "
@@ -77,6 +79,7 @@ def diagnose(
         f"drafting    {config.num_speculative_tokens} tokens a round, calibration {config.calibration}",
         f"plan        {plan}, scope {scope}: {plan.sequential_steps(scope)} sublayers one after another where the "
         f"precise pass has {2 * shape.num_layers}",
+        *(f"by batch    {f'up to {up_to}' if up_to else 'beyond'}: {p}, scope {s}" for up_to, p, s in table),
         f"lookahead   {maps}",
         f"MLPs        {mlp.value} ({config.layer_parallel.mlp}, on {device})",
         *_rank_lines(shape, placement, mlp, itemsize),

@@ -1,6 +1,7 @@
 """What a rank counts and times while it drafts."""
 
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from statistics import median
 
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 
 from vllm_easyspec.batch import DraftBatch
+from vllm_easyspec.drafter.plan import LayerPlan, Scope
 
 STAGES = ("calibrate", "draft", "verify")
 
@@ -83,6 +85,7 @@ class DraftStatistics:
         self.stages = {"calibrate": PassCounters(), "draft": PassCounters()}
         self.clock = StageClock(self.device)
         self.rounds = 0
+        self.rounds_by_plan: Counter[tuple[int, LayerPlan, Scope]] = Counter()  # by K, 0 included
         self.eager_rounds = 0  # rounds whose fuzzy steps did not come from a graph
         self.replays = 0
         # Decoding requests by tokens that stood in their step (1 to K + 1); their drafts untested [0] and tested [1].
@@ -111,6 +114,10 @@ class DraftStatistics:
         calibrated = sum(stood * (a + b) for stood, (a, b) in enumerate(zip(untested, tested, strict=True)))
         return {
             "rounds": self.rounds,
+            "rounds_by_plan": [
+                {"num_speculative_tokens": drafts, "scope": scope, "group_sizes": list(plan.group_sizes), "rounds": n}
+                for (drafts, plan, scope), n in self.rounds_by_plan.items()
+            ],
             "verified": verified,
             "accepted_at": accepted,
             "acceptance": [round(a / verified, 4) if verified else None for a in accepted],

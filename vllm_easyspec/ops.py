@@ -39,14 +39,15 @@ def _operator(schema: str, fake: Callable | None = None) -> Callable[[Callable],
 
 
 # A pass of at most so many tokens takes a sublayer's dense work on a CPU in one native operator. Longer ones are bound
-# by arithmetic, at which torch's matrix products are better. Measured: docs/experiments.md.
-FEW_TOKENS = 16
+# by arithmetic, and torch's products of bfloat16 have instructions for it. Measured by benchmarks/operators.py, see
+# docs/experiments.md; float16 is taken to be like bfloat16.
+FEW_TOKENS = {torch.float32: 64, torch.bfloat16: 4, torch.float16: 4}
 
 
 def _choose(name: str, x: torch.Tensor) -> Callable[..., torch.Tensor]:
     """The native operator for few tokens on a CPU, `x` being `[..., tokens, hidden]`; else its parts one by one."""
     operator = getattr(torch.ops.vllm_easyspec, name).default
-    few = x.device.type == "cpu" and WHY_NOT_NATIVE is None and x.shape[-2] <= FEW_TOKENS
+    few = x.device.type == "cpu" and WHY_NOT_NATIVE is None and x.shape[-2] <= FEW_TOKENS[x.dtype]
     return operator if few else REFERENCES[operator]
 
 
@@ -127,6 +128,24 @@ def advance_draft_inputs(
         num_blocks,
         max_len,
     )
+
+
+@_operator(
+    "embed_shard(Tensor ids, Tensor table, int first, int rows) -> Tensor",
+    fake=lambda ids, table, first, rows: table.new_empty(ids.shape[0], table.shape[1]),
+)
+def _embed_shard(ids: torch.Tensor, table: torch.Tensor, first: int, rows: int) -> torch.Tensor:
+    local = ids - first
+    owned = (local >= 0) & (local < rows)
+    return F.embedding(local.masked_fill(~owned, 0), table).masked_fill_(~owned.unsqueeze(1), 0)
+
+
+def embed_shard(ids: torch.Tensor, table: torch.Tensor, first: int, rows: int) -> torch.Tensor:
+    """A vocabulary shard's rows, zeros for other shards' tokens: ids `[tokens] int64` to `[tokens, hidden]`.
+
+    table: `[at least rows, hidden]`, of the tokens from `first` to `first + rows`.
+    """
+    return torch.ops.vllm_easyspec.embed_shard(ids, table, first, rows)
 
 
 def _fake_group_rms_norm(x: torch.Tensor, weights: torch.Tensor, eps: float) -> torch.Tensor:

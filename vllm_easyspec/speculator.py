@@ -22,10 +22,11 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
 from vllm_easyspec.batch import DraftBatch
 from vllm_easyspec.calibration import CalibrationScheduler
-from vllm_easyspec.config import Calibration, ConfigError, RuntimeOptions
+from vllm_easyspec.config import Calibration, ConfigError, PlanTable, RuntimeOptions
 from vllm_easyspec.drafter.model import LayerParallelDrafter
 from vllm_easyspec.drafter.paged_kv import DrafterAttention, PagedKV, UnpagedPass
 from vllm_easyspec.drafter.plan import SCOPES, LayerPlan, Scope
+from vllm_easyspec.drafter.xformers_attention import choose as choose_attention
 from vllm_easyspec.drafting import DraftLoop
 from vllm_easyspec.graphs import DraftGraph, DraftGraphs
 from vllm_easyspec.lookahead import LookaheadFile, LookaheadMaps, checkpoint_folder
@@ -49,10 +50,18 @@ class Drafting:
     num_drafts: int  # K, at most the configured one
     calibration: Calibration
     lookahead: bool = False  # whether groups take their look-ahead maps
+    by_batch_size: PlanTable = ()  # larger batches take the plan above
 
     def choice(self, num_reqs: int) -> tuple[LayerPlan, Scope]:
         """Plan and scope for a round of `num_reqs` requests."""
+        for up_to, plan, scope in self.by_batch_size:
+            if up_to is None or num_reqs <= up_to:
+                return plan, scope
         return self.plan, self.scope
+
+    @property
+    def plans(self) -> list[LayerPlan]:
+        return [self.plan, *(plan for _, plan, _ in self.by_batch_size)]
 
 
 class EasySpecSpeculator(DraftModelSpeculator):
@@ -64,14 +73,15 @@ class EasySpecSpeculator(DraftModelSpeculator):
         super().__init__(vllm_config, device)
         self.options = RuntimeOptions.from_vllm(vllm_config)
         num_layers = self.draft_model_config.hf_config.num_hidden_layers
-        plan = self.options.layer_parallel.plan(num_layers)
+        layer_parallel = self.options.layer_parallel
         self.precise = LayerPlan.precise(num_layers)
-        self.drafting = Drafting(
-            plan,
-            self.options.layer_parallel.scope,
+        self.configured = self.drafting = Drafting(
+            layer_parallel.plan(num_layers),
+            layer_parallel.scope,
             self.num_speculative_steps,
             self.options.calibration,
             self.options.lookahead is not None,
+            layer_parallel.plan_table(num_layers),
         )
         self.statistics = DraftStatistics(device, self.num_speculative_steps)
         self.current_step = torch.zeros((), dtype=torch.int64, device=device)
@@ -240,6 +250,7 @@ class EasySpecSpeculator(DraftModelSpeculator):
         drafts = input_batch.num_draft_tokens_per_req
         tested = np.zeros(batch.num_reqs, dtype=bool) if drafts is None else drafts[: batch.num_reqs] > 0
         self.statistics.count_round(batch, tested)
+        self.statistics.rounds_by_plan[batch.num_drafts, *self.drafting.choice(batch.num_reqs)] += 1
 
     def _check_ranks(self, batch: DraftBatch, drafts: torch.Tensor) -> None:
         """Debug: every rank feeds its own drafts to the target, so ids and logits must agree to the bit."""
@@ -256,9 +267,16 @@ class EasySpecSpeculator(DraftModelSpeculator):
         num_drafts: int | None = None,
         calibration: str | None = None,
         lookahead: bool | None = None,
+        restore: bool = False,
     ) -> None:
-        """Swap what is given, from the next round on. Raises ValueError for what the drafter can't do."""
+        """Swap what is given, from the next round on. Raises ValueError for what the drafter can't do.
+
+        A scope or a plan holds for all batch sizes, whatever `by_batch_size` says; restore: first take up the
+        configuration again.
+        """
         changes: dict[str, Any] = {}
+        if scope is not None or group_sizes is not None:
+            changes["by_batch_size"] = ()
         if scope is not None:
             changes["scope"] = one_of("scope", scope, SCOPES)
         if calibration is not None:
@@ -271,9 +289,10 @@ class EasySpecSpeculator(DraftModelSpeculator):
         if lookahead is not None:
             one_of("lookahead", lookahead, (False, True) if self.lookahead_file else (False,))
             changes["lookahead"] = lookahead
-        drafting = dataclasses.replace(self.drafting, **changes)
+        drafting = dataclasses.replace(self.configured if restore else self.drafting, **changes)
         if drafting.lookahead and self.lookahead_file is not None:
-            self.lookahead_file.check_plan(drafting.plan)
+            for plan in drafting.plans:
+                self.lookahead_file.check_plan(plan)
         self.drafting = drafting
         if self.draft_logits is not None:
             self.draft_logits[:, self.drafting.num_drafts :] = self.filler_logits
@@ -291,10 +310,10 @@ class EasySpecSpeculator(DraftModelSpeculator):
         config = replace(
             self.vllm_config, model_config=model_config, quant_config=None, parallel_config=parallel_config
         )
-        self.draft_vllm_config = spec.apply_draft_overrides(config)
+        self.draft_vllm_config = choose_attention(spec.apply_draft_overrides(config), self.options.grouped_attention)
         model = get_model(vllm_config=self.draft_vllm_config, prefix="draft_model", load_config=spec.draft_load_config)
         for layer in model.attention:
-            check_attention_backend(layer.attn_backend.get_name())
+            check_attention_backend(layer.attn_backend.get_name(), self.options.grouped_attention)
         if self.options.lookahead is not None:
             self._load_lookahead(model, self.options.lookahead)
         return model
@@ -306,7 +325,8 @@ class EasySpecSpeculator(DraftModelSpeculator):
             raise ConfigError(f"lookahead={path!r}: the files of model={draft.model!r} are not on this machine")
         self.lookahead_file = LookaheadFile.read(path)
         self.lookahead_file.check_drafter(folder, model.shape)
-        self.lookahead_file.check_plan(self.drafting.plan)
+        for plan in self.drafting.plans:
+            self.lookahead_file.check_plan(plan)
         model.lookahead = LookaheadMaps.load(self.lookahead_file, model.placement, model.rank, model.final_norm)
 
     @property
@@ -392,8 +412,12 @@ class EasySpecSpeculator(DraftModelSpeculator):
         model, pages = self.model, self.pages
         cache_bytes = sum(layer.kv_cache.nbytes for layer in pages.layers)
         maps = self.lookahead_file.describe() if self.lookahead_file else "none"
+        table = "".join(
+            f"{plan} ({scope} scope) {f'up to batch size {up_to}' if up_to else 'beyond'}, "
+            for up_to, plan, scope in self.drafting.by_batch_size
+        )
         return (
-            f"rank {model.rank} of {model.num_ranks}: plan {self.drafting.plan} ({self.drafting.scope} scope), "
+            f"rank {model.rank} of {model.num_ranks}: plan {table}{self.drafting.plan} ({self.drafting.scope} scope), "
             f"K={self.drafting.num_drafts}, look-ahead {maps}, attention and pages of layers "
             f"{list(model.local_layers)} here, MLPs: {model.mlp.value}, weights {model.weight_bytes():,} bytes, "
             f"K/V pages {cache_bytes:,} bytes ({cache_bytes // (pages.num_blocks * pages.block_size):,} a token)"

@@ -41,6 +41,7 @@ from vllm_easyspec.config import OPTIONS_KEY, RuntimeOptions
 from vllm_easyspec.drafter.model import LayerParallelDrafter
 from vllm_easyspec.drafter.paged_kv import PagedKV, PagedPass, Sequences
 from vllm_easyspec.drafter.plan import LayerPlan, Scope
+from vllm_easyspec.drafter.xformers_attention import choose as choose_attention
 from vllm_easyspec.drafting import DraftLoop
 from vllm_easyspec.graphs import DraftGraphs
 
@@ -95,6 +96,7 @@ class StandaloneDrafter:
             enforce_eager=True,
             additional_config={OPTIONS_KEY: (options or RuntimeOptions()).to_json()},
         ).create_engine_config()
+        self.config = choose_attention(self.config, (options or RuntimeOptions()).grouped_attention)
         hf_config = self.config.model_config.hf_config
         hf_config.architectures = [plugin.DRAFTER_ARCHITECTURE, *hf_config.architectures]
         with set_current_vllm_config(self.config):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_easyspec.config import METHOD, ConfigError, LayerParallelConfig, RuntimeOptions
+from vllm_easyspec.config import METHOD, ConfigError, GroupedAttention, LayerParallelConfig, RuntimeOptions
 from vllm_easyspec.drafter.architectures import DrafterShape, UnsupportedDrafterError
 
 if TYPE_CHECKING:
@@ -76,13 +76,22 @@ def _asked_layout() -> str | None:
     return envs.VLLM_KV_CACHE_LAYOUT
 
 
+def _xformers_serves(config: "VllmConfig") -> bool:
+    """Whether the drafter may have xformers' attention in place of a backend's."""
+    from vllm_easyspec.drafter.xformers_attention import why_unusable
+
+    wanted = RuntimeOptions.from_vllm(config).grouped_attention
+    return wanted == "xformers" or wanted == "auto" and why_unusable() is None
+
+
 ATTENTION_BACKEND = Refusal(
     "attention_backend",
     _chosen_backend,
-    lambda config: _chosen_backend(config) not in (None, *ATTENTION_BACKENDS),
+    lambda config: _chosen_backend(config) not in (None, *ATTENTION_BACKENDS) and not _xformers_serves(config),
     f"the drafter's attention needs one of {', '.join(ATTENTION_BACKENDS)}. Write attention_backend: TRITON_ATTN "
     "(or FLASH_ATTN) beside method: easyspec; the target may keep its own",
 )
+XFORMERS = "XFORMERS"  # `drafter.xformers_attention`, in place of a backend of vLLM's
 
 REFUSALS = (
     _above_one(
@@ -191,9 +200,14 @@ def check_engine(config: "VllmConfig") -> None:
     check_runner(config)
 
 
-def check_attention_backend(name: str) -> None:
+def check_attention_backend(name: str, grouped_attention: GroupedAttention = "auto") -> None:
     """Raise `ConfigError` where the drafter can't use the attention backend that vLLM gave it."""
-    if name not in ATTENTION_BACKENDS:
+    if grouped_attention == "xformers" and name != XFORMERS:
+        raise ConfigError(
+            f"grouped_attention='xformers' needs a CUDA device; here vLLM gave the drafter {name} all the same. Write "
+            "grouped_attention: backend"
+        )
+    if name not in (*ATTENTION_BACKENDS, XFORMERS):
         raise ConfigError(ATTENTION_BACKEND.describe(name))
 
 
@@ -250,6 +264,7 @@ def check_drafter(config: "SpeculativeConfig", layer_parallel: LayerParallelConf
             "Give its unquantized checkpoint"
         )
     layer_parallel.plan(shape.num_layers)
+    layer_parallel.plan_table(shape.num_layers)
     check_vocabulary(shape.vocab_size, target.get_vocab_size(), lambda: _target_token_ids(target))
 
 
@@ -261,8 +276,8 @@ def check_maps(config: "SpeculativeConfig", options: RuntimeOptions) -> None:
 
     draft = config.draft_model_config
     shape = _shape(draft.hf_config, str(config.model))
-    plan = options.layer_parallel.plan(shape.num_layers)
-    check_lookahead(options.lookahead, draft.model, draft.revision, shape, [plan])
+    plans = options.layer_parallel.all_plans(shape.num_layers)
+    check_lookahead(options.lookahead, draft.model, draft.revision, shape, plans)
 
 
 def _another_method(model: str, method: str) -> str:

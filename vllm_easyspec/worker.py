@@ -6,12 +6,15 @@ The RPCs are reached by `LLM.collective_rpc("easyspec_stats")` and the like; eac
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_easyspec.audit import audit
+from vllm_easyspec.drafter.plan import Scope
 from vllm_easyspec.lora import VerifyingLoraState
 from vllm_easyspec.speculator import EasySpecSpeculator
+from vllm_easyspec.tune.fidelity import group_costs
 
 logger = init_logger("vllm.easyspec")
 
@@ -62,6 +65,10 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
             "rank": self.speculator.model.rank,
             "scope": drafting.scope,
             "group_sizes": list(drafting.plan.group_sizes),
+            "by_batch_size": [
+                {"up_to": up_to, "scope": scope, "group_sizes": list(plan.group_sizes)}
+                for up_to, plan, scope in drafting.by_batch_size
+            ],
             "num_speculative_tokens": drafting.num_drafts,
             "calibration": drafting.calibration,
             "lookahead": drafting.lookahead,
@@ -82,11 +89,14 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
         num_speculative_tokens: int | None = None,
         calibration: str | None = None,
         lookahead: bool | None = None,
+        restore: bool = False,
     ) -> dict:
         """Swap scope, plan, K (up to the configured one), calibration or the use of the look-ahead maps from the next
         round on; resets the counters.
+
+        A scope or a plan holds for all batch sizes; `restore` takes up the configuration again, its table included.
         """
-        self.speculator.configure(scope, group_sizes, num_speculative_tokens, calibration, lookahead)
+        self.speculator.configure(scope, group_sizes, num_speculative_tokens, calibration, lookahead, restore)
         return self.easyspec_stats()
 
     def easyspec_capture(self, batch_sizes: list[int], num_speculative_tokens: list[int]) -> dict:
@@ -96,6 +106,11 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
         """
         self.speculator.capture_for(batch_sizes, num_speculative_tokens)
         return self.easyspec_stats()
+
+    def easyspec_group_costs(self, token_ids: list[int], scope: Scope, max_size: int) -> list[tuple[int, int, float]]:
+        """What each group of 2 to `max_size` layers loses on a prompt: first layer, size, score (tune/fidelity.py)."""
+        ids = torch.tensor(token_ids, device=self.device)
+        return group_costs(self.speculator.model, ids, scope, max_size)
 
     def easyspec_audit(self) -> list[dict]:
         """Largest difference between this rank's drafter pages and a precise recomputation, for each live request."""

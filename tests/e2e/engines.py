@@ -1,5 +1,7 @@
 """Real engines for the end-to-end tests: one at a time, each shared by as many tests as can use it."""
 
+import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,7 +52,8 @@ def engine(model: Path = TARGET, **arguments: Any) -> Iterator[LLM]:
         enforce_eager=True,
         disable_log_stats=False,
     )
-    llm = LLM(str(model), **(defaults | arguments))
+    elsewhere = json.loads(os.environ.get("EASYSPEC_TEST_ENGINE", "{}"))  # what a GPU needs: tools/gpu_check.py
+    llm = LLM(str(model), **(defaults | elsewhere | arguments))
     try:
         yield llm
     finally:

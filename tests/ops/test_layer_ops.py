@@ -43,6 +43,18 @@ def check_close(got, plain, exact):
     assert error <= allowed + torch.finfo(got.dtype).eps * exact.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_embed_shard(dtype):
+    """Tokens 20 to 29 of 40; the table is padded to 12 rows."""
+    table, ids = randn(12, 6, dtype=dtype), torch.tensor([0, 19, 20, 25, 29, 30, 39])
+    expected = torch.stack([table[i - 20] if 20 <= i < 30 else torch.zeros(6, dtype=dtype) for i in ids.tolist()])
+    operator = OPERATORS.embed_shard.default
+    for implementation in (operator, ops.REFERENCES[operator]):
+        assert implementation(ids, table, 20, 10).equal(expected)
+        column = torch.stack([ids, ids + 1], dim=1)[:, 0]  # drafts are a column of a wider buffer
+        assert implementation(column, table, 20, 10).equal(expected)
+
+
 def norm_arguments(dtype, layers=3, tokens=5, hidden=96, shared=True):
     x = randn(*(() if shared else (layers,)), tokens, hidden, dtype=dtype, scale=3)
     return x, 1 + randn(layers, hidden, dtype=dtype, scale=0.3), 1e-5
@@ -273,6 +285,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
 @pytest.mark.parametrize(
     ("operator", "arguments"),
     [
+        ("embed_shard", (torch.tensor([3, 9]), randn(5, 6), 5, 5)),
         ("group_rms_norm", norm_arguments(F32)),
         ("prefix_sums", (randn(3, 40), randn(2, 3, 40))),
         ("rotate_and_store", rotate_arguments(F32)),
@@ -288,13 +301,13 @@ def test_schema_and_fake(operator, arguments):
     torch.library.opcheck(getattr(OPERATORS, operator).default, arguments)
 
 
-def test_long_passes_take_torchs_products():
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_long_passes_take_torchs_products(dtype):
     """The native product is for few tokens."""
-    for tokens in (ops.FEW_TOKENS, ops.FEW_TOKENS + 1):
-        chosen = ops._choose("norm_and_project", torch.zeros(tokens, 8))
-        few = tokens <= ops.FEW_TOKENS
-        assert (chosen is OPERATORS.norm_and_project.default) == few
-        assert (chosen is ops.REFERENCES[OPERATORS.norm_and_project.default]) != few
+    few = ops.FEW_TOKENS[dtype]
+    native, parts = OPERATORS.norm_and_project.default, ops.REFERENCES[OPERATORS.norm_and_project.default]
+    assert ops._choose("norm_and_project", torch.zeros(few, 8, dtype=dtype)) is native
+    assert ops._choose("norm_and_project", torch.zeros(few + 1, 8, dtype=dtype)) is parts
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,19 @@ def test_plans():
     assert str(LayerParallelConfig(group_sizes=(2, 3, 5)).plan(10)) == "2-3-5"
 
 
+def test_a_table_of_plans():
+    layer_parallel = EasySpecConfig.parse(
+        easyspec(layer_parallel={"group_size": 3, "by_batch_size": [{"up_to": 2, **PLAN}, {"up_to": 4}]})
+    ).layer_parallel
+    found = [(up_to, str(plan), scope) for up_to, plan, scope in layer_parallel.plan_table(10)]
+    assert found == [(2, "1-4-4-1", "block"), (4, "1-4-4-1", "attention")]
+    assert str(layer_parallel.plan(10)) == "1-3-3-2-1"
+    with pytest.raises(
+        ConfigError, match=r"^layer_parallel.by_batch_size\[0\].group_sizes=\[1, 4, 4, 1\] add up to 10"
+    ):
+        layer_parallel.plan_table(12)
+
+
 def test_to_vllm_passes_vllms_fields_and_keeps_ours_apart():
     speculative, options = EasySpecConfig.parse(
         easyspec(
@@ -107,6 +120,7 @@ def test_to_vllm_passes_vllms_fields_and_keeps_ours_apart():
     assert options == {
         "layer_parallel": {**PLAN, "mlp": "auto"},
         "calibration": "every_round",
+        "grouped_attention": "auto",
         "check_ranks": True,
     }
 
@@ -120,12 +134,21 @@ def test_greedy_drafts_are_found_without_gathering_logits(method, written, used)
     assert config.to_vllm()[0].get("use_local_argmax_reduction") is used
 
 
-@pytest.mark.parametrize("written", [{}, PLAN, {"group_size": 2, "precise_head": 0, "mlp": "tensor"}])
+@pytest.mark.parametrize(
+    "written",
+    [
+        {},
+        PLAN,
+        {"group_size": 2, "precise_head": 0, "mlp": "tensor"},
+        {"group_size": 3, "by_batch_size": [{"up_to": 2, **PLAN}, {"group_size": 8}]},
+    ],
+)
 def test_options_survive_the_way_to_the_worker(written):
     config = EasySpecConfig.parse(easyspec(layer_parallel=written, calibration="never"))
     carried = json.loads(json.dumps(config.to_vllm()[1]))
     options = RuntimeOptions.from_vllm(SimpleNamespace(additional_config={"easyspec": carried, "other": 1}))
     assert options.layer_parallel.plan(10) == config.layer_parallel.plan(10)
+    assert options.layer_parallel.plan_table(10) == config.layer_parallel.plan_table(10)
     assert (options.layer_parallel.mlp, options.calibration) == (config.layer_parallel.mlp, "never")
 
 
@@ -162,7 +185,7 @@ WRONG = {
     "sizes are text": ({"layer_parallel": {"group_sizes": "1,4"}}, "group_sizes='1,4'.*valid list"),
     "both ways to group": (
         {"layer_parallel": {"group_sizes": [1, 4], "group_size": 4}},
-        r"group_sizes=\[1, 4\] stands beside group_size.*Remove group_sizes, or remove group_size$",
+        r"^layer_parallel.group_sizes=\[1, 4\] stands beside group_size.*Remove group_sizes, or remove group_size$",
     ),
     "a head beside sizes": (
         {"layer_parallel": {"group_sizes": [1, 4], "precise_head": 1}},
@@ -171,8 +194,39 @@ WRONG = {
     "group_size 0": ({"layer_parallel": {"group_size": 0}}, "layer_parallel.group_size=0.*at least 1"),
     "negative head": ({"layer_parallel": {"precise_head": -1}}, "layer_parallel.precise_head=-1.*at least 0"),
     "plan is a number": ({"layer_parallel": 4}, "layer_parallel=4.*mapping"),
+    "a table's entry is a number": (
+        {"layer_parallel": {"by_batch_size": [4]}},
+        r"by_batch_size\[0\]=4.*such as \[{up_to",
+    ),
+    "the table is a mapping": ({"layer_parallel": {"by_batch_size": {"up_to": 4}}}, "by_batch_size={.*valid list"),
+    "a table's scope": (
+        {"layer_parallel": {"by_batch_size": [{"up_to": 4}, {"scope": "mlp"}]}},
+        r"^layer_parallel.by_batch_size\[1\].scope='mlp' is not allowed: .*'attention'.*'block'",
+    ),
+    "a table's group of none": (
+        {"layer_parallel": {"by_batch_size": [{"group_sizes": [1, 0]}]}},
+        r"^layer_parallel.by_batch_size\[0\].group_sizes\[1\]=0.*at least 1",
+    ),
+    "an unknown key of a table": (
+        {"layer_parallel": {"by_batch_size": [{"upto": 4}]}},
+        r"unknown key 'layer_parallel.by_batch_size\[0\].upto' with value 4. Did you mean 'up_to'.*Allowed are scope",
+    ),
+    "both ways to group in a table": (
+        {"layer_parallel": {"by_batch_size": [{"group_sizes": [1, 4], "group_size": 4}]}},
+        r"^layer_parallel.by_batch_size\[0\].group_sizes=\[1, 4\] stands beside group_size, .*Remove group_sizes, or",
+    ),
+    "up to 0": ({"layer_parallel": {"by_batch_size": [{"up_to": 0}]}}, r"by_batch_size\[0\].up_to=0.*at least 1"),
+    "an open entry before another": (
+        {"layer_parallel": {"by_batch_size": [{"scope": "block"}, {"up_to": 4}]}},
+        r"^layer_parallel.by_batch_size\[0\] has no up_to, and only the last .*remove the entries after it$",
+    ),
+    "ranges that don't rise": (
+        {"layer_parallel": {"by_batch_size": [{"up_to": 4}, {"up_to": 4}]}},
+        r"^layer_parallel.by_batch_size\[1\].up_to=4 is not above the 4 of the entry before. Order",
+    ),
     "mlp": ({"layer_parallel": {"mlp": "shard"}}, "layer_parallel.mlp='shard'.*'tensor'.*'replicate'"),
     "calibration": ({"calibration": "sometimes"}, "calibration='sometimes'.*'every_round'.*'never'"),
+    "grouped_attention": ({"grouped_attention": "fast"}, "grouped_attention='fast'.*'backend' .*'xformers' or 'auto'"),
     "check_ranks": ({"check_ranks": "yes"}, "check_ranks='yes'.*true or false"),
     "sampling": ({"draft_sample_method": "nucleus"}, "draft_sample_method='nucleus'.*'greedy' or 'probabilistic'"),
     "a lossy verification": ({"rejection_sample_method": "fly"}, "rejection_sample_method='fly'.*'standard'"),

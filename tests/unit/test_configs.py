@@ -9,14 +9,14 @@ from vllm_easyspec.config import EasySpecConfig
 from vllm_easyspec.doctor import diagnose
 
 FILES = sorted(CONFIGS.glob("*.yaml"))
-PUBLISHED = [path for path in FILES if path.stem != "tiny-pair"]
+PUBLISHED = [path for path in FILES if not path.stem.startswith("tiny-pair")]
 
 
 def pair(path):
     """Folders of the target, which the comment's `vllm serve` names, and of the drafter."""
     target = re.search(r"^#   vllm serve (\S+)", path.read_text(), re.MULTILINE)[1]
     drafter = EasySpecConfig.parse(path).model
-    if path.stem == "tiny-pair":
+    if path not in PUBLISHED:
         return ROOT / target, drafter
     return HF_CONFIGS / target.split("/")[1], HF_CONFIGS / drafter.split("/")[1]
 
@@ -54,6 +54,7 @@ def test_the_plan_in_the_comment_is_the_plan(path):
     assert str(config.layer_parallel.plan(int(written[1]))) == written[2]
 
 
-def test_the_tiny_pair_is_the_repository_s_own():
-    target, drafter = pair(CONFIGS / "tiny-pair.yaml")
+@pytest.mark.parametrize("name", ["tiny-pair.yaml", "tiny-pair-tuned.yaml"])
+def test_the_tiny_pair_is_the_repository_s_own(name):
+    target, drafter = pair(CONFIGS / name)
     assert (target, drafter) == (TARGET, str(DRAFTER))

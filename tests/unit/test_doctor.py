@@ -37,6 +37,18 @@ def test_a_sound_pair(capsys):
     assert re.search(r"vllm 0\.\d+.*torch .*python .*vllm-easyspec ", report["versions"])
 
 
+def test_plans_by_batch_size(capsys, tmp_path):
+    path = tmp_path / "table.yaml"
+    table = [{"up_to": 4, "scope": "block", "group_sizes": [1, 8, 1]}, {"group_size": 2}]
+    path.write_text(yaml.safe_dump(easyspec(layer_parallel={"by_batch_size": table})))
+    assert main(["doctor", str(path)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("by batch")]
+    assert lines == [
+        "by batch    up to 4: 1-8-1, scope block",
+        "by batch    beyond: 1-2-2-2-2-1, scope attention",
+    ]
+
+
 def test_more_ranks_than_layers(capsys):
     code, report, _ = doctor(capsys, TINY, "-tp", 16)
     assert code == 0

@@ -106,7 +106,9 @@ def test_setups_do_not_mix(install):
         install.check_target("cuda")
 
 
-@pytest.mark.parametrize(("goal", "program"), [("test", "pytest"), ("demo", "examples/demo.py")])
+@pytest.mark.parametrize(
+    ("goal", "program"), [("test", "pytest"), ("demo", "examples/demo.py"), ("bench", "bench draft-step")]
+)
 def test_make_goal_does_the_setup_first(tmp_path, monkeypatch, goal, program):
     monkeypatch.delenv("MAKEFLAGS", raising=False)  # this run may itself be `make test` with variables of its own
     shutil.copy(ROOT / "Makefile", tmp_path)

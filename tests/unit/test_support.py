@@ -12,6 +12,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_easyspec import support
 from vllm_easyspec.config import ConfigError
+from vllm_easyspec.drafter import xformers_attention
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +60,22 @@ def test_connectors_are_refused(plain):
 
 
 @pytest.mark.parametrize("of", ["speculative_config.attention_backend", "attention_config.backend"])
-def test_attention_backends(plain, of):
+def test_attention_backends(plain, of, monkeypatch):
+    monkeypatch.setattr(xformers_attention, "why_unusable", lambda: "it is not installed")
     for name in ("FLASHINFER", "FLEX_ATTENTION"):
         with pytest.raises(ConfigError, match=f"attention_backend='{name}' .*one of CPU_ATTN, FLASH_ATTN, TRITON_ATTN"):
             support.check_engine(changed(plain, of, AttentionBackendEnum[name]))
     for name in support.ATTENTION_BACKENDS:
         support.check_engine(changed(plain, of, AttentionBackendEnum[name]))
+
+
+def test_a_backend_that_xformers_stands_in_for_is_not_refused(plain, monkeypatch):
+    config = changed(plain, "attention_config.backend", AttentionBackendEnum.FLASHINFER)
+    monkeypatch.setattr(xformers_attention, "why_unusable", lambda: None)
+    support.check_engine(config)
+    options = config.additional_config["easyspec"] | {"grouped_attention": "backend"}
+    with pytest.raises(ConfigError, match="attention_backend='FLASHINFER' is not supported"):
+        support.check_engine(changed(config, "additional_config", {"easyspec": options}))
 
 
 def test_the_drafters_own_attention_backend_is_what_counts(plain):
@@ -77,6 +88,9 @@ def test_the_attention_backend_that_vllm_chose():
         support.check_attention_backend(name)
     with pytest.raises(ConfigError, match="attention_backend='FLASHINFER' .*attention_backend: TRITON_ATTN"):
         support.check_attention_backend("FLASHINFER")
+    support.check_attention_backend("XFORMERS", "xformers")
+    with pytest.raises(ConfigError, match="grouped_attention='xformers' needs a CUDA device; .* CPU_ATTN .*: backend"):
+        support.check_attention_backend("CPU_ATTN", "xformers")
 
 
 @pytest.mark.parametrize("layout", ["BLHNC", "BLNHC", "BHLNC"])

@@ -1,12 +1,18 @@
-"""What every benchmark's JSON holds beside its rows."""
+"""What all benchmarks share: the JSON's surroundings, the file, the table."""
 
+import json
 import os
 import platform
 import subprocess
+import sys
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from vllm_easyspec.bench import BenchmarkError
 
 PACKAGES = ("vllm-easyspec", "vllm", "torch", "triton", "transformers")
 
@@ -23,6 +29,42 @@ def surroundings(command: str) -> dict:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
     }
+
+
+def command_line() -> str:
+    """This run's, as typed."""
+    return " ".join(["vllm-easyspec", *sys.argv[1:]])
+
+
+def check_writable(path: Path | None) -> None:
+    """Raise `BenchmarkError` before anything is measured where the result could not be kept."""
+    if path is not None and not path.resolve().parent.is_dir():
+        raise BenchmarkError(
+            f"{path} can't be written: there is no folder {path.parent}. Make it, or name another file"
+        )
+
+
+def write(path: Path | None, result: dict[str, Any]) -> None:
+    """Keep the result as JSON. The file is whole at any time, also if this process is stopped."""
+    if path is not None:
+        unfinished = path.with_name(f"{path.name}.unfinished")
+        unfinished.write_text(json.dumps(result, indent=1) + "\n")
+        unfinished.replace(path)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Columns as wide as their widest cell; None is a dash."""
+    lines = [list(header), *(["-" if cell is None else str(cell) for cell in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def from_here(path: str) -> str:
+    """A path below the current folder, told from there; anything else as it is."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
 
 
 def _commit() -> str | None:

@@ -31,6 +31,7 @@ from vllm_easyspec.drafter.weights import load_drafter_weights
 from vllm_easyspec.lookahead import GroupLookahead, LookaheadMaps
 from vllm_easyspec.metrics import PassCounters
 from vllm_easyspec.ops import (
+    embed_shard,
     group_rms_norm,
     norm_and_project,
     prefix_sums,
@@ -147,7 +148,7 @@ class LayerParallelDrafter(nn.Module):
         final hidden states `[tokens, hidden]` of the tokens before; given, groups take the look-ahead maps.
         """
         self.counters.passes += 1
-        x = self.embed_tokens(input_ids)
+        x = self._embed(input_ids)
         for group in plan.groups:
             ahead = None
             if self.lookahead is not None and previous is not None and len(group) > 1:
@@ -157,11 +158,19 @@ class LayerParallelDrafter(nn.Module):
                 self.observer(group, x, outputs)
             # Block scope: each MLP reads its own prefix, the group's input and the attentions up to its own.
             size = 1 if scope == "attention" else len(group)
-            for start in range(0, len(group), size):
-                prefixes = prefix_sums(x, outputs[start : start + size])
+            for start, part in zip(group[::size], outputs.split(size), strict=True):
+                prefixes = prefix_sums(x, part)
                 inputs = prefixes if ahead is None or size == 1 else ahead.mlp_inputs(prefixes)
-                x = self._mlps(inputs, prefixes[-1], group[start : start + size])
+                x = self._mlps(inputs, prefixes[-1], range(start, start + size))
         return group_rms_norm(x, self.final_norm.unsqueeze(0), self.shape.rms_norm_eps)[0]
+
+    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        if self.num_ranks == 1 or input_ids.device.type != "cpu":
+            return self.embed_tokens(input_ids)
+        # vLLM's own takes ten small operators on a CPU.
+        shard = self.embed_tokens.shard_indices
+        first, end = shard.org_vocab_start_index, shard.org_vocab_end_index
+        return tensor_model_parallel_all_reduce(embed_shard(input_ids, self.embed_tokens.weight, first, end - first))
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[rows, hidden]` to `[rows, vocab]`, gathered on every rank."""

@@ -313,7 +313,7 @@ class DensePass:
         self.seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @cached_property
-    def _mask(self) -> torch.Tensor:
+    def mask(self) -> torch.Tensor:
         distance = self.positions.unsqueeze(1) - self.positions
         visible = distance >= 0
         return visible if self.sliding_window is None else visible & (distance < self.sliding_window)
@@ -330,6 +330,6 @@ class DensePass:
     ) -> torch.Tensor:
         self.seen[layers.start] = (k.clone(), v.clone())
         out = torch.nn.functional.scaled_dot_product_attention(
-            q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attn_mask=self._mask, enable_gqa=True
+            q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attn_mask=self.mask, enable_gqa=True
         )
         return out.transpose(0, 1).contiguous()

@@ -40,11 +40,11 @@ def _cast_masks() -> None:
         return
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
-    def create_masked_load(self, ptrs, mask, other, cache_policy, is_volatile):
-        return load(self, ptrs, _as_bool(mask), other, cache_policy, is_volatile)
+    def create_masked_load(self, ptrs, mask, *others):  # Triton 3.7 and 3.8 have one argument more than 3.9
+        return load(self, ptrs, _as_bool(mask), *others)
 
-    def create_masked_store(self, ptrs, value, mask, cache_policy):
-        return store(self, ptrs, value, _as_bool(mask), cache_policy)
+    def create_masked_store(self, ptrs, value, mask, *others):
+        return store(self, ptrs, value, _as_bool(mask), *others)
 
     InterpreterBuilder.create_masked_load = create_masked_load
     InterpreterBuilder.create_masked_store = create_masked_store

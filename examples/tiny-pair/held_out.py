@@ -1,0 +1,44 @@
+"""Held-out prompts for the tiny pair, as JSON lines: pieces of the files that its training left out.
+
+usage: held_out.py FILE [--count 48] [--tokens 64] [--offset 0]
+"""
+
+import argparse
+import json
+import sysconfig
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+PAIR = Path(__file__).resolve().parent
+STRIDE = 6  # of the held-out text every sixth piece is a prompt
+
+
+def held_out_prompts(count: int, tokens: int, offset: int = 0) -> list[str]:
+    """`count` prompts of about `tokens` tokens, spread over the files; offset 0 to 5: of others than another offset."""
+    tokenizer = AutoTokenizer.from_pretrained(PAIR / "target")
+    library = Path(sysconfig.get_paths()["stdlib"])
+    prompts = []
+    for name in json.loads((PAIR / "report.json").read_text())["held_out_files"]:
+        ids = tokenizer((library / name).read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
+        starts = range(offset * tokens, len(ids) - tokens, STRIDE * tokens)
+        prompts += [tokenizer.decode(ids[start : start + tokens]) for start in starts]
+    return prompts[:: max(1, len(prompts) // count)][:count]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--count", type=int, default=48)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--offset", type=int, default=0)
+    args = parser.parse_args()
+    prompts = held_out_prompts(args.count, args.tokens, args.offset)
+    args.file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    print(f"{len(prompts)} prompts in {args.file}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Prompts from files, the time budget, and errors of `vllm-easyspec tune` that need no engine."""
+
+import json
+
+import pytest
+
+from vllm_easyspec.cli import main
+from vllm_easyspec.config import ConfigError
+from vllm_easyspec.drafter.plan import LayerPlan
+from vllm_easyspec.tune.engine import WARM_ROUNDS, TunedEngine, Window
+from vllm_easyspec.tune.flights import Flights, Observation, in_turn
+from vllm_easyspec.tune.planner import Point, ScopedPlan
+from vllm_easyspec.tune.progress import Progress
+from vllm_easyspec.tune.prompts import read_prompts
+
+
+class Letters:
+    """A tokenizer of one token a letter, with a chat template."""
+
+    chat_template = "there is one"
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) for letter in text]
+
+    def apply_chat_template(self, messages, add_generation_prompt, return_dict) -> list[int]:
+        assert add_generation_prompt and not return_dict
+        return self.encode(f"<{messages[0]['role']}>{messages[0]['content']}")
+
+
+def texts(path, most_tokens: int = 100) -> list[str]:
+    prompts = read_prompts(path, Letters(), most_tokens)
+    return ["".join(map(chr, prompt["prompt_token_ids"])) for prompt in prompts]
+
+
+def test_prompts(tmp_path):
+    rows = [{"prompt": "one"}, {"text": "two", "id": 3}, {"turns": ["three", "four"]}]
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text("\n\n".join(map(json.dumps, rows)) + "\n")
+    assert texts(lines) == ["one", "two", "<user>three"]
+    assert texts(lines, 2) == ["on", "tw", "<u"]
+    plain = tmp_path / "prompts.txt"
+    plain.write_text("one line\n\nanother\n")
+    assert texts(plain) == ["one line", "another"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"prompt": "a"}\n{"prompt": ', "prompts.jsonl, line 2 is not valid JSON: Expecting value. Correct it there"),
+        ('{"question": "a"}', r'line 1 holds {"question": "a"} where {"prompt": "..."}'),
+        ('{"prompt": 3}', "line 1 holds"),
+        ('{"turns": []}', "line 1 holds"),
+        ('["a"]', "line 1 holds"),
+        ("\n", "holds no prompt. Give some, one a line"),
+    ],
+)
+def test_prompts_that_cannot_be_read(tmp_path, text, message):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        texts(path)
+    with pytest.raises(ConfigError, match="can't be read: .*Give a file of prompts"):
+        texts(tmp_path / "nowhere")
+
+
+class Clock(Progress):
+    """Time passes when it is told to."""
+
+    seconds = 0.0
+
+    def now(self) -> float:
+        return self.began + self.seconds
+
+
+def run(progress: Clock, phase: str, items: int, each: float, **more) -> int:
+    done = 0
+    for _ in progress.within(phase, range(items), **more):
+        progress.seconds += each
+        done += 1
+    return done
+
+
+def test_without_a_budget_all_is_done():
+    progress = Clock(None)
+    assert [run(progress, phase, 10, 100.0) for phase in ("score", "compare")] == [10, 10]
+    assert progress.unfinished == []
+
+
+def test_the_budget_is_shared_out():
+    """Shares of 92 percent: score 7, acceptance 20, times 20, confirm 20, compare 25."""
+    progress = Clock(1000.0)
+    progress.seconds = 80.0  # the engine has started; 920 seconds are left
+    assert run(progress, "score", 10, 1.0) == 10  # leaves 60 of its 70 seconds to the others
+    assert run(progress, "acceptance", 10, 50.0) == 4  # 910 * 20 / 85 = 214 seconds
+    assert run(progress, "times", 3, 400.0) == 1, "at least one"
+    assert run(progress, "confirm", 3, 100.0, minimum=0, first_takes=200.0) == 0, "310 * 20 / 45 seconds"
+    assert run(progress, "compare", 3, 100.0, minimum=0, first_takes=150.0) == 3
+    assert progress.seconds <= 1000.0
+    assert progress.unfinished == [
+        "acceptance: time for 4 of 10 only",
+        "times: time for 1 of 3 only",
+        "confirm: time for 0 of 3 only",
+    ]
+
+
+def test_the_bar_ends_at_its_end():
+    progress = Clock(None)
+    for phase in ("score", "acceptance", "times", "confirm", "compare"):
+        run(progress, phase, 3, 1.0)
+        assert progress.bar.desc == phase
+    assert progress.bar.n == pytest.approx(progress.bar.total)
+
+
+class Recorded(TunedEngine):
+    """An engine whose rounds all draft 5 tokens, whatever it is told."""
+
+    def __init__(self):
+        self.num_drafts_by_batch_size = [8] * 4
+        self.generated = {"a": 1, "b": 1}
+        self.calls: list[tuple] = []
+
+    def rpc(self, method, **arguments):
+        self.calls.append((method, arguments))
+        return {"rounds_by_plan": [{"num_speculative_tokens": 5, "rounds": 9}], "stage_ms": {"draft": None}}
+
+    def fly(self, rounds: int) -> Window:
+        self.calls.append(("fly", rounds))
+        return Window(tokens=3 * rounds, seconds=0.01 * rounds, rounds=rounds)
+
+
+def test_a_point_is_set_then_warmed_up_then_counted_anew():
+    engine, plan = Recorded(), ScopedPlan(LayerPlan((2, 2)), "block")
+    window, stats = engine.measure(Point(plan, 5), 7)
+    assert engine.num_drafts_by_batch_size == [5] * 4
+    assert engine.calls == [
+        ("easyspec_configure", {"scope": "block", "group_sizes": [2, 2]}),
+        ("easyspec_capture", {"batch_sizes": [2], "num_speculative_tokens": [5]}),
+        ("fly", WARM_ROUNDS),
+        ("easyspec_stats", {"reset": True}),
+        ("fly", 7),
+        ("easyspec_stats", {}),
+    ]
+    assert window.wall_ms == pytest.approx(10) and Observation.of(window, stats).stage_ms == {"draft": 0.0}
+    with pytest.raises(RuntimeError, match=r"were to draft 3 tokens, and drafted \[5\]"):
+        engine.measure(Point(plan, 3), 7)
+
+
+def test_flights_are_the_same_for_every_point_and_go_through_all_prompts():
+    prompts = [{"prompt_token_ids": [number] * number} for number in range(1, 8)]
+    flights = Flights(prompts, largest=4, most_drafts=3, rounds=16)
+    assert flights.longest == 7 + 1 + (4 + WARM_ROUNDS + 16) * 4
+    assert [len(flights.numbers(size, 0)) for size in (1, 4, 15, 64)] == [15, 4, 1, 1]
+    assert list(flights.numbers(4, 2)) == [8, 9, 10, 11]
+    taken = [prompt["prompt_token_ids"][0] for flight in flights.numbers(4, 0) for prompt in flights.batch(4, flight)]
+    assert taken == [1 + index % 7 for index in range(16)]
+    assert list(in_turn("abc", 0)) == list("abc") and list(in_turn("abc", 1)) == list("cba")
+
+
+WRONG = {
+    "no folder for the result": (["-o", "nowhere/tuned.yaml"], "can't be written: 'nowhere' is not a folder"),
+    "no prompts": (["--prompts", "nowhere.jsonl"], "prompts='nowhere.jsonl' can't be read"),
+    "batch sizes": (["--batch-sizes", "0,1"], r"batch_sizes=\[0, 1\] is not allowed"),
+    "a baseline": (["--baselines", "eagle"], "'eagle' is none of untuned, draft_model, none"),
+    "K": (["--max-drafts", "2"], "max_drafts=2 is not allowed. Give at least 3"),
+    "a speculative configuration": (["--", "--speculative-config", "{}"], "tune tries its own. Give --config"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG.values(), ids=WRONG.keys())
+def test_errors_of_the_command(tmp_path, monkeypatch, capsys, changes, message):
+    import re
+
+    from tiny_models import DRAFTER
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("one\n")
+    (tmp_path / "untuned.yaml").write_text(f"method: easyspec\nmodel: {DRAFTER}\nnum_speculative_tokens: 3\n")
+    given = ["--model", str(DRAFTER), "--config", "untuned.yaml", "--prompts", "prompts.txt", "-o", "tuned.yaml"]
+    assert main(["tune", *given, *changes]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("vllm-easyspec tune: error: ") and re.search(message, error)
+
+
+def test_numbers_have_a_least_value(capsys):
+    needed = ["--model", "a", "--config", "b", "--prompts", "c", "-o", "d"]
+    with pytest.raises(SystemExit):
+        main(["tune", *needed, "--new-tokens", "7"])
+    assert "argument --new-tokens: 7 is less than 8" in capsys.readouterr().err

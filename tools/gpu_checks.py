@@ -1,0 +1,172 @@
+"""The correctness checks of `tools/gpu_check.py`, on the trained tiny pair: each ends with an error or writes rows.
+
+`identity`: the target alone answers greedily, then easyspec does, at several batch sizes, plans and both scopes. In
+float32 every token must be the same. In bfloat16 kernels of different shapes round differently, so a first difference
+is allowed where the target's own two best tokens lie closer together than twice the noise: the largest difference
+between the log-probability of a generated token when it was decoded and when it is read again as a prompt. The audit
+runs in the middle, and counters tell whether CUDA graphs ran.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "e2e"))
+
+from engines import audit, configure, easyspec, engine, greedy, mixed_prompts, stats  # noqa: E402
+
+from vllm_easyspec.bench.processes import alone  # noqa: E402
+from vllm_easyspec.bench.report import surroundings  # noqa: E402
+
+NEW_TOKENS = 48
+BATCHES = (1, 3, 8, 16)
+PLANS = {"1-4-4-1": [1, 4, 4, 1], "1-8-1": [1, 8, 1], "precise": [1] * 10}
+AUDIT_LIMIT = {"float32": 1e-4, "bfloat16": 0.25}  # the tiny drafter's keys are of order 1 to 10
+
+
+def arguments(device: str, dtype: str, graphs: bool) -> dict[str, Any]:
+    """Of both engines. FlashAttention has no float32."""
+    given: dict[str, Any] = dict(dtype=dtype, enforce_eager=not graphs)
+    if device == "cuda":
+        backend = "TRITON_ATTN" if dtype == "float32" else "FLASH_ATTN"
+        given |= dict(attention_config={"backend": backend}, gpu_memory_utilization=0.3)
+    return given
+
+
+class Answer(NamedTuple):
+    prompt: list[int]
+    tokens: list[int]
+    steps: list[dict[int, float]]  # log-probabilities of each generated token's candidates, the two best among them
+
+
+def answers(llm: Any, batch: int) -> list[Answer]:
+    """What is generated for the first `batch` prompts, together."""
+    outs = llm.generate(mixed_prompts()[:batch], greedy(NEW_TOKENS, logprobs=2), use_tqdm=False)
+    return [
+        Answer(
+            list(out.prompt_token_ids),
+            list(out.outputs[0].token_ids),
+            [{token: entry.logprob for token, entry in step.items()} for step in out.outputs[0].logprobs],
+        )
+        for out in outs
+    ]
+
+
+def noise(llm: Any, answered: list[Answer]) -> float:
+    """The largest difference between a generated token's log-probability decoded and read again as a prompt."""
+    whole = [{"prompt_token_ids": answer.prompt + answer.tokens} for answer in answered]
+    # A prefix found in the cache would not be read again.
+    llm.reset_prefix_cache()
+    reread = llm.generate(whole, greedy(1, prompt_logprobs=0), use_tqdm=False)
+    return max(
+        abs(again.prompt_logprobs[len(answer.prompt) + place][token].logprob - answer.steps[place][token])
+        for answer, again in zip(answered, reread, strict=True)
+        for place, token in enumerate(answer.tokens)
+    )
+
+
+def first_differences(expected: list[Answer], found: list[Answer]) -> list[float]:
+    """The target's top-two gap at the first token that differs, for each answer that differs."""
+    gaps = []
+    for wanted, got in zip(expected, found, strict=True):
+        pairs = zip(wanted.tokens, got.tokens, strict=True)
+        differing = next((place for place, (a, b) in enumerate(pairs) if a != b), None)
+        if differing is not None:
+            best, second = sorted(wanted.steps[differing].values(), reverse=True)[:2]
+            gaps.append(best - second)
+    return gaps
+
+
+def target_alone(device: str, dtype: str, graphs: bool) -> tuple[dict[int, list[Answer]], float]:
+    """Its answers by batch size, and their noise."""
+    with engine(**arguments(device, dtype, graphs)) as llm:
+        expected = {batch: answers(llm, batch) for batch in BATCHES}
+        return expected, noise(llm, expected[max(BATCHES)])
+
+
+def check_identity(device: str, dtype: str, graphs: bool, xformers: bool) -> list[dict]:
+    if xformers:
+        from vllm_easyspec.drafter.xformers_attention import why_unusable
+
+        if why_unusable():
+            return [{"skipped": why_unusable()}]
+    expected, measured_noise = alone(target_alone, device, dtype, graphs)
+    allowed = 0.0 if dtype == "float32" else 2 * measured_noise
+    shared = arguments(device, dtype, graphs)
+    more = {"grouped_attention": "xformers"} if xformers else {}
+    rows = []
+    with engine(speculative_config=easyspec(num_speculative_tokens=5, **more), **shared) as llm:
+        for scope in ("attention", "block"):
+            for name, sizes in PLANS.items():
+                configure(llm, scope=scope, group_sizes=sizes)
+                gaps = [gap for batch in BATCHES for gap in first_differences(expected[batch], answers(llm, batch))]
+                counted = stats(llm)[0]
+                rows.append(
+                    {
+                        "scope": scope,
+                        "plan": name,
+                        "answers": sum(BATCHES),
+                        "differing": len(gaps),
+                        "largest_gap": max(gaps, default=0.0),
+                        "allowed_gap": allowed,
+                        "noise": measured_noise,
+                        "tokens_a_round": counted["tokens_a_round"],
+                        "graphs": counted.get("graphs"),
+                    }
+                )
+        pages = largest_audited(llm)
+    rows.append({"audited": len(pages), "largest_difference": max(pages), "allowed": AUDIT_LIMIT[dtype]})
+    return rows
+
+
+def largest_audited(llm: Any) -> list[float]:
+    """The audit's differences, every few steps of a batch in flight."""
+    core, found, step = llm.llm_engine, [], 0
+    llm.reset_prefix_cache()
+    for index, prompt in enumerate(mixed_prompts()):
+        core.add_request(f"audited-{index}", prompt, greedy(NEW_TOKENS))
+    while core.has_unfinished_requests():
+        core.step()
+        step += 1
+        if step % 4 == 0:
+            found += [request["largest_difference"] for request in audit(llm)]
+    return found
+
+
+def problems(rows: list[dict], graphs: bool) -> list[str]:
+    """What is wrong with the rows; empty where the check passes."""
+    wrong = []
+    for row in rows:
+        if row.get("differing") and row["largest_gap"] >= row["allowed_gap"]:
+            wrong.append(f"output differs where the target is sure: {row}")
+        if "plan" in row and row["tokens_a_round"] < 1.5:
+            wrong.append(f"hardly a draft was accepted: {row}")
+        if "plan" in row and graphs and not (row["graphs"] or {}).get("replays"):
+            wrong.append(f"no CUDA graph of the drafter was replayed: {row}")
+        if "audited" in row and not (row["audited"] and row["largest_difference"] <= row["allowed"]):
+            wrong.append(f"the drafter's pages are not precise: {row}")
+    return wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("check", choices=["identity"])
+    parser.add_argument("dtype", choices=["float32", "bfloat16"])
+    parser.add_argument("--graphs", action="store_true", help="with CUDA graphs, which must then have run")
+    parser.add_argument("--xformers", action="store_true", help="xformers' attention for the drafter")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--json", type=Path, required=True)
+    args = parser.parse_args()
+    rows = check_identity(args.device, args.dtype, args.graphs, args.xformers)
+    result = surroundings(" ".join(["tools/gpu_checks.py", *sys.argv[1:]])) | {"rows": rows}
+    args.json.write_text(json.dumps(result, indent=1) + "\n")
+    wrong = problems(rows, args.graphs)
+    if wrong:
+        sys.exit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,375 @@
+"""`bench engine`: the same prompts through real engines in turn, one alive at a time.
+
+Arms, in this order: `none` (the target alone), `draft_model` (vLLM's own, the same drafter), `precise` (easyspec with
+groups of one), `easyspec` (the configuration as given). Turns go through the arms forward, then backward, and so on, so
+that drift of the machine meets all alike; an arm at the end of one turn and the start of the next keeps its engine.
+A turn of an arm is all its concurrency levels, each after requests that warm it up. Decoding is greedy, to a fixed
+number of tokens. The expected outputs are those of `none`'s first turn at the same concurrency, so its later turns
+show how far the target alone repeats itself.
+"""
+
+import gc
+import hashlib
+import itertools
+import json
+import os
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from vllm_easyspec.bench import BenchmarkError
+from vllm_easyspec.bench.prompts import random_prompts, read_prompts
+from vllm_easyspec.bench.report import from_here, table
+from vllm_easyspec.bench.serving import Level, compare, serve, summary
+from vllm_easyspec.config import EasySpecConfig
+
+BASELINES = ("none", "draft_model", "precise")
+WARM_UP_TOKENS = 16
+ON_CPU = (
+    "On a CPU vLLM's Triton kernels run as plain PyTorch or in Triton's interpreter, and there are no CUDA graphs: the "
+    "times say little about a GPU's."
+)
+SYNTHETIC = "Acceptance is synthetic, so outputs can't be the target's own: losslessness is not checked."
+ENGINE_EXAMPLE = 'Write vLLM\'s engine arguments as JSON, such as {"kv_cache_memory_bytes": 268435456}'
+NOTHING_EXPECTED = "Losslessness is not checked: it needs the baseline none."
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every arm is asked."""
+
+    prompts: list[list[int]]
+    concurrency: list[int]
+    output_tokens: int
+    requests: int  # at least so many a level, and at least two for each of its slots
+
+    def level(self, concurrency: int) -> list[list[int]]:
+        """The prompts of a level, repeated from the first where there are fewer."""
+        count = max(self.requests, 2 * concurrency)
+        return list(itertools.islice(itertools.cycle(self.prompts), count))
+
+
+@dataclass
+class Measured:
+    """What one arm did at one concurrency, a value a turn."""
+
+    levels: list[Level] = field(default_factory=list)
+    speculation: list[dict[str, Any]] = field(default_factory=list)
+
+
+Results = dict[tuple[str, int], Measured]  # by arm and concurrency
+
+
+def speculative_configs(config: EasySpecConfig, baselines: Sequence[str]) -> dict[str, dict[str, Any] | None]:
+    """Each arm's `speculative_config`, in the order of a turn."""
+    # As the user gave them: easyspec's own defaults for vLLM's fields are no part of the baseline.
+    draft_model = config.draft_model()
+    easyspec = draft_model | {"method": "easyspec"} | config.to_json()
+    one_by_one = {"group_size": 1, "mlp": config.layer_parallel.mlp}
+    arms: dict[str, dict[str, Any] | None] = {
+        "none": None,
+        "draft_model": draft_model,
+        "precise": {name: value for name, value in easyspec.items() if name != "lookahead"}
+        | {"layer_parallel": one_by_one},
+    }
+    return {name: arm for name, arm in arms.items() if name in baselines} | {"easyspec": easyspec}
+
+
+def prepare(args: Namespace) -> tuple[EasySpecConfig, Workload, dict[str, Any]]:
+    """The configuration, the work, and vLLM's engine arguments, from the command's options.
+
+    Raises `BenchmarkError` or `ConfigError` for what can't be measured.
+    """
+    for option in ("requests", "output_tokens", "input_tokens", "turns", "tensor_parallel_size"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise BenchmarkError(f"--{option.replace('_', '-')} {value} is not allowed. Give an integer of at least 1")
+    if min(args.concurrency) < 1:
+        raise BenchmarkError(f"--concurrency {args.concurrency} is not allowed. Give integers of at least 1")
+    if unknown := [name for name in args.baselines if name not in BASELINES]:
+        raise BenchmarkError(f"--baselines {','.join(unknown)} is unknown. Allowed are {', '.join(BASELINES)}")
+    config = EasySpecConfig.parse(args.config)
+    config.check_model()
+    count = max(args.requests, 2 * max(args.concurrency))
+    prompts = load_prompts(args.prompts, args.model, config.model, count, args.input_tokens)
+    arguments = {
+        "tensor_parallel_size": args.tensor_parallel_size,
+        "dtype": args.dtype,
+        "load_format": args.load_format,
+        "max_model_len": longest_sequence(args.model, prompts, args.output_tokens, config.num_speculative_tokens),
+    } | _more_arguments(args.engine)
+    return config, Workload(prompts, args.concurrency, args.output_tokens, args.requests), arguments
+
+
+def _more_arguments(text: str) -> dict[str, Any]:
+    try:
+        more = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BenchmarkError(f"--engine {text} is not JSON ({error.msg}). {ENGINE_EXAMPLE}") from error
+    if not isinstance(more, dict):
+        raise BenchmarkError(f"--engine {text} is not a mapping. {ENGINE_EXAMPLE}")
+    if ours := sorted({"model", "speculative_config", "worker_extension_cls", "disable_log_stats"} & set(more)):
+        raise BenchmarkError(f"--engine holds {', '.join(ours)}, which the benchmark sets itself. Remove it")
+    return more
+
+
+def run(
+    model: str,
+    config: EasySpecConfig,
+    baselines: Sequence[str],
+    workload: Workload,
+    engine_arguments: dict[str, Any],
+    turns: int,
+    report: Callable[[dict[str, Any]], None],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Measure all arms. Returns `{arms, notes, rows}`, and gives it to `report` after each level.
+
+    Raises `BenchmarkError` where an engine doesn't start.
+    """
+    from vllm.platforms import current_platform
+
+    synthetic = config.rejection_sample_method == "synthetic"
+    notes = [
+        note
+        for applies, note in (
+            (current_platform.is_cpu(), ON_CPU),
+            (synthetic, SYNTHETIC),
+            ("none" not in baselines and not synthetic, NOTHING_EXPECTED),
+        )
+        if applies
+    ]
+    configs = speculative_configs(config, baselines)
+    _bind_cpus(engine_arguments.get("tensor_parallel_size", 1))
+    arms: dict[str, Any] = {}
+    results: Results = {}
+
+    def result() -> dict[str, Any]:
+        return {"arms": arms, "notes": notes, "rows": _rows(results, checked=not synthetic)}
+
+    for name, visits in itertools.groupby(visiting_order(list(configs), turns)):
+        say(f"{name}: starting")
+        with _engine(name, model, configs[name], engine_arguments) as llm:
+            arms[name] = {"speculative_config": _shown(configs[name])} | llm.collective_rpc("bench_attach")[0]
+            for _, concurrency in itertools.product(visits, workload.concurrency):
+                measured = _measure(llm, name, workload, concurrency)
+                kept = results.setdefault((name, concurrency), Measured())
+                kept.levels.append(measured[0])
+                kept.speculation.append(measured[1])
+                say(f"{name}: concurrency {concurrency}: {measured[0].tokens_a_second:.1f} tokens/s")
+                report(result())
+    return result()
+
+
+def visiting_order(arms: Sequence[str], turns: int) -> list[str]:
+    """Arms forward, backward, forward ..."""
+    return [arm for turn in range(turns) for arm in (arms if turn % 2 == 0 else reversed(arms))]
+
+
+def lossy_arms(result: dict[str, Any]) -> list[str]:
+    """Arms that broke the promise: in float32 every output must be the target's own."""
+    return sorted(
+        {
+            row["arm"]
+            for row in result["rows"]
+            if row["lossless"] is False and result["arms"][row["arm"]]["dtype"] == "float32"
+        }
+    )
+
+
+def load_prompts(path: Path | None, model: str, drafter: str, count: int, tokens: int | None) -> list[list[int]]:
+    """The file's prompts, or `count` random ones of `tokens` ids that both models have."""
+    if path is not None:
+        return read_prompts(path, model, tokens)
+    sizes = [_text_config(name).vocab_size for name in (model, drafter)]
+    return random_prompts(count, tokens or 256, min(sizes))
+
+
+def longest_sequence(model: str, prompts: list[list[int]], output_tokens: int, drafts: int) -> int:
+    """Room for the longest answer and the drafts after it, within the model's own limit.
+
+    Raises `BenchmarkError` where the longest answer doesn't fit.
+    """
+    needed = max(map(len, prompts)) + output_tokens
+    limit = getattr(_text_config(model), "max_position_embeddings", None) or needed + drafts
+    if needed > limit:
+        raise BenchmarkError(
+            f"the longest prompt and its answer are {needed} tokens, and {model} has {limit} positions. Lower "
+            "--input-tokens or --output-tokens"
+        )
+    return min(needed + drafts, limit)
+
+
+def _shown(config: dict[str, Any] | None) -> dict[str, Any] | None:
+    return config and {name: from_here(value) if isinstance(value, str) else value for name, value in config.items()}
+
+
+def _text_config(model: str) -> Any:
+    from vllm.transformers_utils.config import get_hf_text_config
+
+    from vllm_easyspec.support import read_hf_config
+
+    return get_hf_text_config(read_hf_config(model, revision=None))
+
+
+def _bind_cpus(ranks: int) -> None:
+    """On a CPU, the binding that easyspec gives its ranks, for all arms: plain vLLM wants a NUMA node a rank."""
+    from vllm.platforms import current_platform
+
+    from vllm_easyspec.compat import OMP_BINDING, cpu_lists, usable_cpus
+
+    if current_platform.is_cpu() and ranks > 1:
+        os.environ.setdefault(OMP_BINDING, cpu_lists(ranks, usable_cpus(ranks)))
+
+
+@contextmanager
+def _engine(name: str, model: str, speculative_config: dict[str, Any] | None, arguments: dict[str, Any]) -> Iterator:
+    from vllm import LLM, envs
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    from vllm_easyspec.bench import step_clock
+
+    fixed: dict[str, Any] = dict(
+        skip_tokenizer_init=True,
+        disable_log_stats=False,  # acceptance is counted there, in every arm
+        worker_extension_cls=f"{step_clock.__name__}.{step_clock.StepClock.__name__}",
+        speculative_config=speculative_config,
+    )
+    # A prompt comes again at every level and in every turn.
+    defaults: dict[str, Any] = dict(enable_prefix_caching=False, use_tqdm_on_load=False)
+    try:
+        llm = LLM(model, **(defaults | arguments | fixed))
+    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise BenchmarkError(f"the engine of {name} did not start: {' '.join(str(error).split()):.600}") from error
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        if not envs.VLLM_ENABLE_V1_MULTIPROCESSING:  # its worker was in this process, and so is its memory
+            step_clock.leave_worker_classes()
+            cleanup_dist_env_and_memory()
+
+
+def _measure(llm: Any, name: str, workload: Workload, concurrency: int) -> tuple[Level, dict[str, Any]]:
+    prompts = workload.level(concurrency)
+    engine = llm.llm_engine
+    serve(engine, prompts[:concurrency], concurrency, min(WARM_UP_TOKENS, workload.output_tokens))
+    ours = name in ("precise", "easyspec")
+    llm.collective_rpc("bench_times")
+    if ours:
+        llm.collective_rpc("easyspec_stats", kwargs={"reset": True})
+    before = _drafted(llm)
+    level = serve(engine, prompts, concurrency, workload.output_tokens)
+    drafts, *accepted = (after - earlier for after, earlier in zip(_drafted(llm), before, strict=True))
+    found = {"drafts": drafts, "accepted_at": accepted, **llm.collective_rpc("bench_times")[0]}
+    if ours:
+        found["calibrate"] = llm.collective_rpc("easyspec_stats")[0]["stage_ms"]["calibrate"]
+    return level, found
+
+
+def _drafted(llm: Any) -> list[int]:
+    """vLLM's own counts since the engine began: rounds of a request in which drafts were tested, then how many of them
+    were accepted at each position. Zeros for an engine that doesn't speculate."""
+    metrics = {metric.name: metric for metric in llm.get_metrics()}
+    if "vllm:spec_decode_num_drafts" not in metrics:
+        return [0]
+    positions = metrics["vllm:spec_decode_num_accepted_tokens_per_pos"].values
+    return [metrics["vllm:spec_decode_num_drafts"].value, *positions]
+
+
+def _rows(results: Results, checked: bool) -> list[dict[str, Any]]:
+    rows = []
+    for (arm, concurrency), measured in results.items():
+        reference = results.get(("none", concurrency)) if checked else None
+        outputs = None
+        if reference is not None:
+            expected = reference.levels[0].outputs
+            outputs = [compare(expected, level.outputs) for level in measured.levels]
+        rows.append(
+            {"arm": arm, "concurrency": concurrency}
+            | summary(measured.levels)
+            | _speculation(measured.speculation)
+            | {
+                "digest": _digest(measured.levels[0].outputs),
+                "lossless": None if outputs is None else all(turn["first_difference"] is None for turn in outputs),
+                "outputs_by_turn": outputs,
+            }
+        )
+    return rows
+
+
+def _digest(outputs: list[list[int]]) -> str:
+    """Tells whether two runs gave the same tokens."""
+    return hashlib.sha256(json.dumps(outputs).encode()).hexdigest()[:16]
+
+
+def _speculation(turns: list[dict[str, Any]]) -> dict[str, Any]:
+    """Acceptance over all turns; medians of the turns' median times of rank 0, in milliseconds."""
+    drafts = sum(turn["drafts"] for turn in turns)
+    accepted = [sum(counts) for counts in zip(*(turn["accepted_at"] for turn in turns), strict=True)]
+
+    def stage(name: str) -> float | None:
+        times = [turn[name] for turn in turns if turn.get(name) is not None]
+        return round(median(times), 3) if times else None
+
+    draft, verify = stage("draft"), stage("verify")
+    return {
+        "acceptance": [round(count / drafts, 4) for count in accepted] if drafts else None,
+        "tokens_a_round": round(1 + sum(accepted) / drafts, 3) if drafts else None,
+        "draft_ms": draft,
+        "calibrate_ms": stage("calibrate"),
+        "verify_ms": verify,
+        "draft_share": round(draft / (draft + verify), 3) if draft and verify else None,
+    }
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The table, what vLLM resolved for each arm, differing outputs, and the notes."""
+    header = (
+        "arm", "concurrency", "tokens/s", "TTFT ms", "p99", "TPOT ms", "p99", "ITL ms", "p99", "tokens a round",
+        "acceptance by position", "draft ms", "verify ms", "draft share", "equal outputs",
+    )  # fmt: skip
+    lines = [table(header, map(_cells, result["rows"])), ""]
+    lines += [f"{name}: {_engine_state(arm)}" for name, arm in result["arms"].items()]
+    lines += [difference for row in result["rows"] for difference in _differences(row)]
+    return "\n".join(lines + result["notes"])
+
+
+def _cells(row: dict[str, Any]) -> list[Any]:
+    latencies = [row[key][which] for key in ("ttft_ms", "tpot_ms", "itl_ms") for which in ("median", "p99")]
+    acceptance, outputs = row["acceptance"], row["outputs_by_turn"]
+    return [
+        row["arm"],
+        row["concurrency"],
+        f"{row['tokens_a_second']:.1f}",
+        *(None if value is None else f"{value:.2f}" for value in latencies),
+        None if acceptance is None else f"{row['tokens_a_round']:.2f}",
+        None if acceptance is None else " ".join(f"{share:.2f}" for share in acceptance),
+        *(None if row[key] is None else f"{row[key]:.2f}" for key in ("draft_ms", "verify_ms", "draft_share")),
+        None if outputs is None else "{}/{}".format(*(sum(turn[key] for turn in outputs) for key in ("equal", "of"))),
+    ]
+
+
+def _engine_state(arm: dict[str, Any]) -> str:
+    state = f"compilation {arm['compilation_mode']}, CUDA graphs {arm['cudagraph_mode']}, {arm['dtype']}"
+    if "speculator" not in arm:
+        return state
+    compiled = "compiled" if arm["speculator_compiled"] else "not compiled"
+    graphs = arm["speculator_graphs"]
+    return f"{state}; {arm['speculator']}'s drafter {compiled}, {graphs or 'no'} CUDA graphs of its own"
+
+
+def _differences(row: dict[str, Any]) -> Iterator[str]:
+    for turn, outputs in enumerate(row["outputs_by_turn"] or [], 1):
+        if first := outputs["first_difference"]:
+            yield (
+                f"{row['arm']}, concurrency {row['concurrency']}, turn {turn}: {outputs['of'] - outputs['equal']} of "
+                f"{outputs['of']} outputs differ from the target's own, first request {first['request']} at token "
+                f"{first['position']}: {first['found']} in place of {first['expected']}"
+            )

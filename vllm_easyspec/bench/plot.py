@@ -1,0 +1,92 @@
+"""Plots of a benchmark's rows, as SVG, PNG or whatever matplotlib knows by the file's ending."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vllm_easyspec.bench import BenchmarkError
+
+SETTINGS: Any = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "vllm-easyspec",  # the same rows give the same file
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "font.size": 9,
+}
+
+
+def check(path: Path | None) -> None:
+    """Raise `BenchmarkError` before anything is measured where the plot can't be drawn."""
+    if path is None:
+        return
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise BenchmarkError(
+            f"--plot {path} needs matplotlib ({error}). Install vllm-easyspec[bench], or leave --plot out"
+        ) from error
+    known = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix.removeprefix(".") not in known:
+        raise BenchmarkError(f"--plot {path} has the ending {path.suffix!r}. Allowed are {', '.join(known)}")
+
+
+def engine(rows: list[dict[str, Any]], path: Path) -> None:
+    """Tokens a second and time per output token against concurrency, a line an arm."""
+    panels = {
+        "tokens a second": lambda row: row["tokens_a_second"],
+        "TPOT, ms (median)": lambda row: row["tpot_ms"]["median"] or 0,
+    }
+    ticks = sorted({row["concurrency"] for row in rows})
+    with _figure(path, columns=len(panels)) as columns:
+        for axes, (label, value) in zip(columns, panels.items(), strict=True):
+            for arm in dict.fromkeys(row["arm"] for row in rows):
+                own = [row for row in rows if row["arm"] == arm]
+                axes.plot([row["concurrency"] for row in own], list(map(value, own)), marker="o", label=arm)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ticks, list(map(str, ticks)))
+            axes.set_xlabel("concurrency")
+            axes.set_ylabel(label)
+            axes.set_ylim(0, 1.1 * max(map(value, rows)))
+
+
+def draft_step(rows: list[dict[str, Any]], path: Path) -> None:
+    """A step's speed-up over the precise plan by plan and scope, a bar a batch and context."""
+    plans = list(dict.fromkeys(_plan(row) for row in rows))
+    series = list(dict.fromkeys((row["batch"], row["context"]) for row in rows))
+    width = 0.8 / len(series)
+    with _figure(path, columns=1) as (axes,):
+        for index, (batch, context) in enumerate(series):
+            own = [row for row in rows if (row["batch"], row["context"]) == (batch, context)]
+            places = [plans.index(_plan(row)) + (index - (len(series) - 1) / 2) * width for row in own]
+            bars = axes.bar(places, [row["speedup"] for row in own], width, label=f"batch {batch}, context {context}")
+            axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=7)
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.grid(visible=False, axis="x")
+        axes.set_xticks(range(len(plans)), plans)
+        ranks = rows[0]["ranks"]
+        axes.set_ylabel(f"speed-up over precise, {ranks} rank{'s' * (ranks > 1)}")
+
+
+def _plan(row: dict[str, Any]) -> str:
+    return f"{row['scope']}\n{'-'.join(map(str, row['group_sizes']))}"
+
+
+@contextmanager
+def _figure(path: Path, columns: int) -> Iterator[Any]:
+    """Axes to draw on; at the end the legend is set above them and the file written."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=(8, 3.2), layout="constrained")
+        axes = figure.subplots(1, columns, squeeze=False)[0]
+        yield axes
+        series = axes[0].get_legend_handles_labels()
+        figure.legend(*series, loc="outside upper center", ncols=len(series[0]))
+        metadata = {"Date": None} if path.suffix == ".svg" else None
+        figure.savefig(path, metadata=metadata)

@@ -1,0 +1,162 @@
+"""`vllm-easyspec tune` from its arguments to its files."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm.engine.arg_utils import EngineArgs
+from vllm.tokenizers import get_tokenizer
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from vllm_easyspec import plugin
+from vllm_easyspec.bench.report import surroundings
+from vllm_easyspec.config import ConfigError
+from vllm_easyspec.tune.planner import Point
+from vllm_easyspec.tune.prompts import read_prompts
+from vllm_easyspec.tune.report import html_report
+from vllm_easyspec.tune.tuner import BASELINES, Findings, Settings, Tuner
+from vllm_easyspec.tune.written import as_written, tuned_yaml
+
+
+def run(args: argparse.Namespace) -> str:
+    """Tune, and write the files that `args` names; returns a summary. Raises `ConfigError`."""
+    plugin.register()
+    out = Path(args.out)
+    for path in filter(None, (out, args.report and Path(args.report), args.json and Path(args.json))):
+        if not path.parent.is_dir():
+            raise ConfigError(f"{str(path)!r} can't be written: {str(path.parent)!r} is not a folder")
+    engine_args = _engine_args(args.model, args.tensor_parallel_size, args.engine_arguments)
+    tokenizer = get_tokenizer(engine_args.tokenizer or args.model, trust_remote_code=engine_args.trust_remote_code)
+    settings = Settings(
+        config=Path(args.config),
+        prompts=read_prompts(Path(args.prompts), tokenizer, args.prompt_tokens),
+        batch_sizes=_batch_sizes(args.batch_sizes),
+        most_drafts=args.max_drafts,
+        most_plans=args.plans,
+        largest_group=args.max_group,
+        new_tokens=args.new_tokens,
+        rounds=args.rounds,
+        turns=args.turns,
+        temperature=args.temperature,
+        time_budget=args.time_budget,
+        by_wall=None if args.rate is None else args.rate == "wall",
+        baselines=_baselines(args.baselines),
+    )
+    tuner = Tuner(engine_args, settings)
+    about = surroundings(" ".join(["vllm-easyspec", *sys.argv[1:]])) | {
+        "target": args.model,
+        "drafter": as_written(settings.config)["model"],
+    }
+    try:
+        found = tuner.tune()
+        text = tuned_yaml(settings.config, out, found.ranges(), _head(found, about, args), _notes(found))
+        out.write_text(text)
+        tuner.compare(out)
+    finally:
+        tuner.progress.close()
+    if args.report:
+        Path(args.report).write_text(html_report(found, about, text))
+    if args.json:
+        Path(args.json).write_text(json.dumps(about | findings_json(found), indent=1) + "\n")
+    return _summary(found, out, args.report)
+
+
+def _engine_args(model: str, ranks: int, arguments: Sequence[str]) -> EngineArgs:
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm-easyspec tune ... --"))
+    engine_args = EngineArgs.from_cli_args(parser.parse_args(list(arguments)))
+    if engine_args.speculative_config is not None:
+        raise ConfigError("--speculative-config is not allowed after --: tune tries its own. Give --config")
+    engine_args.model = model
+    engine_args.tensor_parallel_size = ranks
+    return engine_args
+
+
+def _batch_sizes(sizes: Sequence[int]) -> list[int]:
+    if min(sizes) < 1:
+        raise ConfigError(f"batch_sizes={list(sizes)} is not allowed. Give sizes of at least 1, such as 1,4,16")
+    return sorted(set(sizes))
+
+
+def _baselines(names: str) -> tuple[str, ...]:
+    chosen = tuple(name for name in names.split(",") if name)
+    for name in chosen:
+        if name not in BASELINES:
+            raise ConfigError(f"baselines={names!r}: {name!r} is none of {', '.join(BASELINES)}")
+    return chosen
+
+
+def _choice(found: Findings, size: int) -> str:
+    """A size's choice in words."""
+    point, rates = found.chosen()[size], found.rates(size)
+    untuned = rates.get(found.untuned[size])
+    against = f", {rates[point] / untuned:.2f} times the untuned {found.untuned[size]}" if untuned else ""
+    return f"{point}: {rates[point]:.1f} tokens/s{against}"
+
+
+def _head(found: Findings, about: dict[str, Any], args: argparse.Namespace) -> list[str]:
+    hardware, versions = about["hardware"], about["versions"]
+    machine = hardware["gpu"] or f"{hardware['cores']} cores of {hardware['cpu']}"
+    return [
+        "Serve with:",
+        f"  vllm serve {args.model} --tensor-parallel-size {args.tensor_parallel_size} --speculative-config {args.out}",
+        f"Tuned by: {about['command']}",
+        f"On {machine}, vllm {versions['vllm']}, torch {versions['torch']}. Tokens a second "
+        + ("by wall-clock:" if found.by_wall else "of the stages' time (calibrate, draft, verify):"),
+        *(f"  batch size {size}: {_choice(found, size)}" for size in found.times),
+        *(f"Not finished: {part}" for part in found.unfinished),
+    ]
+
+
+def _notes(found: Findings) -> dict[Point, str]:
+    chosen = found.chosen()
+    sizes: dict[Point, list[str]] = {}
+    for size, point in chosen.items():
+        sizes.setdefault(point, []).append(str(size))
+    return {point: f"measured at batch size {', '.join(measured)}" for point, measured in sizes.items()}
+
+
+def _summary(found: Findings, out: Path, report: str | None) -> str:
+    lines = [f"batch size {size:4}: {_choice(found, size)}" for size in found.times]
+    for name, rates in found.baselines.items():
+        lines.append(f"{name}, wall-clock: " + ", ".join(f"{size}: {rate:.1f}" for size, rate in rates.items()))
+    lines += [f"not finished: {part}" for part in found.unfinished]
+    lines += [f"{name} did not start: {why}" for name, why in found.failed.items()]
+    return "\n".join([*lines, f"Written: {out}" + (f", {report}" if report else "")])
+
+
+def findings_json(found: Findings) -> dict[str, Any]:
+    """All that was measured, as plain JSON."""
+
+    def plan(scoped) -> dict[str, Any]:
+        return {"scope": scoped.scope, "group_sizes": list(scoped.plan.group_sizes), "steps": scoped.steps}
+
+    def point(one: Point) -> dict[str, Any]:
+        return plan(one.plan) | {"num_speculative_tokens": one.num_drafts}
+
+    return {
+        "rates": "wall-clock" if found.by_wall else "of the stages",
+        "plans": [
+            plan(scoped) | {"score": found.costs.get(scoped), "acceptance": acceptance}
+            for scoped, acceptance in found.acceptance.items()
+        ],
+        "correction_by_k": found.correction,
+        "same_answers": found.same_answers,
+        "times": [
+            {"batch_size": size, "calibrate_ms": t.calibrate, "verify_ms": t.verify, "other_ms": t.other}
+            | {"steps": [plan(scoped) | {"step_ms": took} for scoped, took in t.step.items()]}
+            for size, t in found.times.items()
+        ],
+        "confirmed": [
+            {"batch_size": size} | point(one) | vars(seen)
+            for size, points in found.confirmed.items()
+            for one, seen in points.items()
+        ],
+        "chosen": [{"batch_size": size} | point(one) for size, one in found.chosen().items()],
+        "untuned": [{"batch_size": size} | point(one) for size, one in found.untuned.items()],
+        "wall_clock": found.baselines,
+        "failed": found.failed,
+        "unfinished": found.unfinished,
+    }

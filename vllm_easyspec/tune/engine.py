@@ -1,0 +1,175 @@
+"""Real engines for tuning: requests kept in flight while plan and K change between rounds.
+
+Only vLLM's scheduler can choose K: it verifies what it scheduled. So the engine that is tuned runs in this process,
+where the scheduler's table of K by batch size (`num_speculative_tokens_per_batch_size`) can be set between two steps,
+and each figure is measured at its own K. Baselines run as usual, in processes of their own.
+"""
+
+import copy
+import gc
+import itertools
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from vllm_easyspec.config import ConfigError
+from vllm_easyspec.tune.planner import Point
+
+MULTIPROCESSING = "VLLM_ENABLE_V1_MULTIPROCESSING"
+WARM_ROUNDS = 2  # after a change of K: the first round still verifies drafts of the old one
+Prompt = dict[str, list[int]]  # vLLM's form of a prompt of token ids
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some rounds of requests in flight."""
+
+    tokens: int  # of all requests
+    seconds: float
+    rounds: int
+
+    @property
+    def wall_ms(self) -> float:
+        """Milliseconds of a round."""
+        return 1e3 * self.seconds / self.rounds
+
+
+class Engine:
+    """An engine and the requests in it."""
+
+    def __init__(self, engine_args: EngineArgs, in_process: bool):
+        saved = os.environ.get(MULTIPROCESSING)
+        os.environ[MULTIPROCESSING] = "0" if in_process else "1"
+        try:
+            self.llm = LLMEngine.from_engine_args(changed(engine_args))
+        finally:
+            del os.environ[MULTIPROCESSING]
+            if saved is not None:
+                os.environ[MULTIPROCESSING] = saved
+        self.names = itertools.count()
+        self.generated: dict[str, int] = {}  # tokens of each request in flight
+
+    def answer(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[int]]:
+        """The token ids that each prompt is answered with, as many requests at a time as the engine takes."""
+        names = [self._add(prompt, params) for prompt in prompts]
+        answers: dict[str, list[int]] = {}
+        while self.llm.has_unfinished_requests():
+            answers |= {out.request_id: list(out.outputs[0].token_ids) for out in self.llm.step() if out.finished}
+        self.generated.clear()
+        return [answers[name] for name in names]
+
+    def take_off(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
+        """Put new requests in flight in place of those that are, until each has been read and has a token.
+
+        Raises `ConfigError` where the K/V cache is too small for them.
+        """
+        self.land()
+        for prompt in prompts:
+            self._add(prompt, params)
+        while not all(self.generated.values()):
+            self._step()
+
+    def fly(self, rounds: int) -> Window:
+        """Go on with the requests in flight, none of which may end within these rounds."""
+        before = sum(self.generated.values())
+        began = time.perf_counter()
+        for _ in range(rounds):
+            self._step()
+        return Window(sum(self.generated.values()) - before, time.perf_counter() - began, rounds)
+
+    def land(self) -> None:
+        """Abort what is in flight."""
+        self.llm.abort_request(list(self.generated))
+        self.generated.clear()
+        while self.llm.has_unfinished_requests():
+            self.llm.step()
+
+    def _add(self, prompt: Prompt, params: SamplingParams) -> str:
+        name = str(next(self.names))
+        self.llm.add_request(name, prompt, params)  # type: ignore[arg-type]
+        self.generated[name] = 0
+        return name
+
+    def _step(self) -> None:
+        for out in self.llm.step():
+            if out.finished:
+                raise ConfigError(
+                    f"batch size {len(self.generated)}: a request ended before all were read, so the K/V cache holds "
+                    "fewer at once. Give vLLM more memory for it, or smaller batch_sizes"
+                )
+            self.generated[out.request_id] = len(out.outputs[0].token_ids)
+
+    def rpc(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Rank 0's reply; all ranks are asked."""
+        return self.llm.collective_rpc(method, args=args, kwargs=kwargs)[0]
+
+    def stop(self) -> None:
+        self.llm.engine_core.shutdown()
+
+
+class TunedEngine(Engine):
+    """An engine with easyspec in which any plan and any K up to the configured one can be used."""
+
+    def __init__(self, engine_args: EngineArgs):
+        """engine_args: with an easyspec `speculative_config` as a dict, and a `max_num_seqs`."""
+        config: Any = engine_args.speculative_config
+        most = config["num_speculative_tokens"]
+        # Each K is some batch size's, so that whatever vLLM prepares for a K at start (CUDA graphs) is there for all.
+        table = [[size, size, most + 1 - size] for size in range(1, most + 2)]
+        engine_args = changed(
+            engine_args,
+            speculative_config={**config, "num_speculative_tokens_per_batch_size": table},
+            max_num_seqs=max(most + 1, engine_args.max_num_seqs or 1),
+        )
+        super().__init__(engine_args, in_process=True)
+        self.num_drafts_by_batch_size: list[int] = self.llm.engine_core.engine_core.scheduler.dynamic_sd_lookup
+
+    def use(self, point: Point) -> None:
+        """Draft so from the next round on; the worker's counters start anew."""
+        self.num_drafts_by_batch_size[:] = [point.num_drafts] * len(self.num_drafts_by_batch_size)
+        sizes = list(point.plan.plan.group_sizes)
+        self.rpc("easyspec_configure", scope=point.plan.scope, group_sizes=sizes)
+        batch_sizes, drafts = [len(self.generated)], [point.num_drafts]
+        self.rpc("easyspec_capture", batch_sizes=batch_sizes, num_speculative_tokens=drafts)
+
+    def measure(self, point: Point, rounds: int) -> tuple[Window, dict[str, Any]]:
+        """`rounds` of the requests in flight under `point`, and rank 0's counters of them.
+
+        Raises RuntimeError where vLLM's scheduler did not take the K that it was given.
+        """
+        self.use(point)
+        self.fly(WARM_ROUNDS)
+        self.rpc("easyspec_stats", reset=True)
+        window, stats = self.fly(rounds), self.rpc("easyspec_stats")
+        drafted = {row["num_speculative_tokens"] for row in stats["rounds_by_plan"]}
+        if drafted != {point.num_drafts}:
+            raise RuntimeError(f"rounds were to draft {point.num_drafts} tokens, and drafted {sorted(drafted)}")
+        return window, stats
+
+
+@contextmanager
+def running(engine: Engine) -> Iterator[Any]:
+    """Stop the engine at the end and give its memory back."""
+    try:
+        yield engine
+    finally:
+        engine.stop()
+        del engine.llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def changed(engine_args: EngineArgs, **changes: Any) -> EngineArgs:
+    """A copy; vLLM, and easyspec's hook in it, write into what they are given."""
+    copied = copy.deepcopy(engine_args)
+    for name, value in changes.items():
+        setattr(copied, name, value)
+    return copied

@@ -1,0 +1,106 @@
+"""Points compared on the same prompts: requests put in flight anew for each, points taking turns."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from vllm import SamplingParams
+
+from vllm_easyspec.tune.engine import WARM_ROUNDS, Engine, Prompt, TunedEngine, Window
+from vllm_easyspec.tune.planner import Point
+
+# Of one request in a turn, fewer of larger batches: with 16 rounds each, tokens a round vary by some 4 percent then.
+FLIGHTS = 15
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Rounds of one point."""
+
+    window: Window
+    stage_ms: dict[str, float]  # medians; 0 for a stage that did not run
+
+    @classmethod
+    def of(cls, window: Window, stats: dict[str, Any]) -> "Observation":
+        return cls(window, {stage: took or 0.0 for stage, took in stats["stage_ms"].items()})
+
+
+@dataclass
+class Confirmed:
+    """What a point did in flight, over all turns."""
+
+    tokens_a_round: float  # of one request, mean
+    stage_ms: dict[str, float]  # medians
+    wall_ms: float  # of a round, median
+    stage_rate: float  # tokens a second of the stages' time alone
+    wall_rate: float  # tokens a second
+
+
+class Flights:
+    def __init__(
+        self, prompts: Sequence[Prompt], largest: int, most_drafts: int, rounds: int, temperature: float = 0.0
+    ):
+        """largest: batch size; most_drafts: K; rounds: of a flight."""
+        self.prompts = prompts
+        self.most_drafts = most_drafts
+        self.rounds = rounds
+        # A request outlives all rounds of its flight; the first to be read waits for the last.
+        outlives = (largest + WARM_ROUNDS + rounds) * (most_drafts + 1)
+        self.params = SamplingParams(
+            temperature=temperature, max_tokens=1 + outlives, ignore_eos=True, detokenize=False
+        )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request, its prompt included."""
+        return max(len(prompt["prompt_token_ids"]) for prompt in self.prompts) + self.params.max_tokens
+
+    def batch(self, size: int, flight: int) -> list[Prompt]:
+        """`size` prompts, others each flight; from the start again where they run out."""
+        return [self.prompts[(flight * size + index) % len(self.prompts)] for index in range(size)]
+
+    def numbers(self, size: int, turn: int) -> range:
+        """The flights of a turn."""
+        count = -(-FLIGHTS // size)
+        return range(turn * count, (turn + 1) * count)
+
+    def compare(
+        self, engine: TunedEngine, size: int, points: Sequence[Point], turn: int
+    ) -> Iterator[tuple[Point, Observation]]:
+        """A turn of each point on the same prompts; every other flight in the opposite order."""
+        for flight in self.numbers(size, turn):
+            for point in in_turn(points, flight):
+                engine.take_off(self.batch(size, flight), self.params)
+                yield point, Observation.of(*engine.measure(point, self.rounds))
+
+    def wall_rate(self, engine: Engine, size: int, turns: int) -> float:
+        """Tokens a second of any engine, on the prompts that `compare` takes."""
+        windows = []
+        for flight in (number for turn in range(turns) for number in self.numbers(size, turn)):
+            engine.take_off(self.batch(size, flight), self.params)
+            engine.fly(WARM_ROUNDS)
+            windows.append(engine.fly(self.rounds))
+        return 1e3 * size * _tokens_a_round(size, windows) / median(window.wall_ms for window in windows)
+
+
+def in_turn(points: Sequence[Point], turn: int) -> Sequence[Point]:
+    """Every other turn goes the other way, so that drift meets all alike."""
+    return points if turn % 2 == 0 else list(reversed(points))
+
+
+def confirmed(size: int, seen: Sequence[Observation]) -> Confirmed:
+    tokens = _tokens_a_round(size, [one.window for one in seen])
+    wall_ms = median(one.window.wall_ms for one in seen)
+    stage_ms = {stage: median(one.stage_ms[stage] for one in seen) for stage in seen[0].stage_ms}
+    return Confirmed(
+        tokens_a_round=tokens,
+        stage_ms=stage_ms,
+        wall_ms=wall_ms,
+        stage_rate=1e3 * size * tokens / sum(stage_ms.values()),
+        wall_rate=1e3 * size * tokens / wall_ms,
+    )
+
+
+def _tokens_a_round(size: int, windows: Sequence[Window]) -> float:
+    return sum(window.tokens for window in windows) / sum(size * window.rounds for window in windows)

@@ -1,0 +1,166 @@
+"""Which plans are worth measuring, and what the measurements say for each batch size. Numbers in, numbers out.
+
+A group's cost is what running it side by side loses (`fidelity.py`); costs of a plan's groups add up. Dynamic
+programming then gives the cheapest plan for each number of groups, and so for each number of sequential steps. A round
+of K drafts takes `calibrate(K) + (K - 1) * step + verify(K)` and yields `1 + sum of the acceptance at positions 1 to K`
+tokens a request. Acceptance is measured at the largest K, where stretches that are easy to draft take few rounds and so
+weigh little; at a smaller K they weigh more, which one plan's real tokens a round there correct for all.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_easyspec.drafter.plan import LayerPlan, Scope
+
+# By the first layer and the size of a group of at least 2: what the group loses. A layer alone loses nothing.
+GroupCosts = Mapping[tuple[int, int], float]
+
+
+@dataclass(frozen=True)
+class ScopedPlan:
+    """How a fuzzy step runs."""
+
+    plan: LayerPlan
+    scope: Scope
+
+    @property
+    def steps(self) -> int:
+        return self.plan.sequential_steps(self.scope)
+
+    def __str__(self) -> str:
+        return "precise" if self.plan.is_precise else f"{self.scope} {self.plan}"
+
+
+@dataclass(frozen=True)
+class Point:
+    """What may be chosen for a batch size: how to draft, and how much. K = 0 drafts nothing."""
+
+    plan: ScopedPlan
+    num_drafts: int
+
+    def __str__(self) -> str:
+        return f"{self.plan}, K={self.num_drafts}" if self.num_drafts > 1 else f"K={self.num_drafts}"
+
+
+@dataclass
+class StageTimes:
+    """Median milliseconds of the stages of a round at one batch size."""
+
+    calibrate: dict[int, float]  # by K
+    verify: dict[int, float]  # by K
+    step: dict[ScopedPlan, float]  # one fuzzy step
+    other: float  # of a round, outside the stages: scheduling, preparing inputs, output
+
+    def round_ms(self, point: Point, with_other: bool) -> float:
+        """A round's time; between the measured K, times lie on a line."""
+        k = point.num_drafts
+        stages = _between(self.calibrate, k) + _between(self.verify, k)
+        return stages + max(0, k - 1) * self.step[point.plan] + (self.other if with_other else 0.0)
+
+
+def plan_cost(plan: LayerPlan, costs: GroupCosts) -> float:
+    return sum(costs[group.start, len(group)] for group in plan.groups if len(group) > 1)
+
+
+def best_plans(num_layers: int, costs: GroupCosts) -> list[LayerPlan]:
+    """For each number of groups the plan of the lowest cost, from the precise plan to the fewest groups.
+
+    A plan that costs as much as one with fewer groups is left out, and so are groups that `costs` doesn't hold.
+    """
+    # best[end]: by number of groups, the cheapest way to group the layers before `end`
+    best: list[dict[int, tuple[float, tuple[int, ...]]]] = [{} for _ in range(num_layers + 1)]
+    best[0][0] = (0.0, ())
+    for end in range(1, num_layers + 1):
+        for size in range(1, end + 1):
+            own = 0.0 if size == 1 else costs.get((end - size, size))
+            if own is None:
+                continue
+            for groups, (cost, sizes) in best[end - size].items():
+                found = (cost + own, (*sizes, size))
+                if groups + 1 not in best[end] or found < best[end][groups + 1]:
+                    best[end][groups + 1] = found
+    kept: list[tuple[float, tuple[int, ...]]] = []
+    for _, (cost, sizes) in sorted(best[num_layers].items()):  # fewest groups first
+        if not kept or cost < kept[-1][0]:
+            kept.append((cost, sizes))
+    return [LayerPlan(sizes) for _, sizes in reversed(kept)]
+
+
+def most_promising(plans: Sequence[ScopedPlan], costs: Mapping[ScopedPlan, float], count: int) -> list[ScopedPlan]:
+    """At most `count` of the plans, the highest guess of a rate first."""
+    return sorted(plans, key=lambda plan: _guessed_rate(plan, costs[plan]), reverse=True)[:count]
+
+
+def _guessed_rate(plan: ScopedPlan, cost: float) -> float:
+    """Tokens over sequential steps at the best K, good enough to rank plans by before anything was measured.
+
+    The target takes a draft with probability 0.7 as long as nothing is fuzzy, and verifies as long as the drafter
+    calibrates; a fuzzy step keeps `1 - cost` of that probability.
+    """
+    target, kept = 0.7, 1 - min(1.0, cost)
+    calibrate = verify = 2 * plan.plan.num_layers
+    tokens, best = 1 + target, 0.0
+    for drafts in range(2, 9):
+        tokens += target**drafts * kept ** (drafts - 1)
+        best = max(best, tokens / (calibrate + verify + (drafts - 1) * plan.steps))
+    return best
+
+
+def tokens_a_round(acceptance: Sequence[float], num_drafts: int) -> float:
+    """Tokens that a request gains in a round; acceptance: by position, the share of rounds that got so far."""
+    return 1 + sum(acceptance[:num_drafts])
+
+
+def predicted_rate(
+    point: Point,
+    batch_size: int,
+    times: StageTimes,
+    acceptance: Mapping[ScopedPlan, Sequence[float]],
+    correction: Mapping[int, float],
+    with_other: bool,
+) -> float:
+    """Tokens a second of `batch_size` requests. correction: by K, real tokens a round over those by acceptance."""
+    tokens = tokens_a_round(acceptance[point.plan], point.num_drafts) * _between(correction, point.num_drafts)
+    return 1e3 * batch_size * tokens / times.round_ms(point, with_other)
+
+
+def choose(rates: Mapping[int, Mapping[Point, float]], tolerance: float) -> dict[int, Point]:
+    """The point to run at each batch size: the fastest.
+
+    Where a neighbour's (the next smaller batch size's) is within `tolerance` of the fastest, as a share of it, the
+    neighbour's stays: so much is noise, and few ranges are easier to read.
+    """
+    chosen: dict[int, Point] = {}
+    previous: Point | None = None
+    for batch_size, measured in sorted(rates.items()):
+        best = max(measured, key=lambda point: measured[point])
+        if previous is not None and measured.get(previous, 0.0) >= (1 - tolerance) * measured[best]:
+            best = previous
+        chosen[batch_size] = previous = best
+    return chosen
+
+
+@dataclass(frozen=True)
+class Range:
+    """Batch sizes from above the range before to `up_to`; the last range is open."""
+
+    up_to: int | None
+    point: Point
+
+
+def ranges(chosen: Mapping[int, Point]) -> list[Range]:
+    """Batch sizes between two measured ones take the larger one's choice, larger ones than all the last one's."""
+    ascending = sorted(chosen.items())
+    merged = [
+        Range(size, point)
+        for (size, point), (_, following) in zip(ascending, ascending[1:], strict=False)
+        if point != following
+    ]
+    return [*merged, Range(None, ascending[-1][1])]
+
+
+def _between(times: Mapping[int, float], num_drafts: int) -> float:
+    known = sorted(times)
+    return float(np.interp(num_drafts, known, [times[k] for k in known]))

@@ -1,0 +1,301 @@
+"""`vllm-easyspec tune`: measure, search, confirm, compare.
+
+1. *score*: what each group of layers loses (`fidelity.py`), and from it the best plan for each number of sequential
+   steps (`planner.py`), in both scopes.
+2. *acceptance*: the most promising plans answer all prompts at the largest K; acceptance by position says what any
+   smaller K would yield.
+3. *times*: requests in flight, plans and K taking turns: calibrate, fuzzy step and verify at each batch size.
+4. *confirm*: the points that 2 and 3 predict to be fastest, the untuned configuration and K = 0 draft for the same
+   prompts in turn, each at its own K. The fastest is chosen for each batch size.
+5. *compare*: the tuned configuration as it is served, the untuned one, vLLM's `draft_model` and no speculation, each in
+   an engine of its own.
+
+What was measured when time runs out, or when the user interrupts, is used as it is.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+
+from vllm_easyspec import support
+from vllm_easyspec.config import ConfigError, EasySpecConfig, load
+from vllm_easyspec.drafter.plan import SCOPES, LayerPlan
+from vllm_easyspec.tune.engine import WARM_ROUNDS, Engine, Prompt, TunedEngine, changed, running
+from vllm_easyspec.tune.flights import Confirmed, Flights, Observation, confirmed, in_turn
+from vllm_easyspec.tune.planner import (
+    Point,
+    Range,
+    ScopedPlan,
+    StageTimes,
+    best_plans,
+    choose,
+    most_promising,
+    plan_cost,
+    predicted_rate,
+    ranges,
+    tokens_a_round,
+)
+from vllm_easyspec.tune.progress import Progress
+
+SCORED_PROMPTS, SCORED_TOKENS = 8, 128
+CONFIRMED = 3  # points of each batch size, beside the untuned one and K = 0
+TOLERANCE = 0.02  # of a rate: so much is noise
+BASELINES = ("untuned", "draft_model", "none")
+
+
+@dataclass(frozen=True)
+class Settings:
+    config: Path
+    prompts: list[Prompt]
+    batch_sizes: list[int]  # ascending
+    most_drafts: int | None = None  # the largest K tried; by itself the configuration's, or 8 if that is less
+    most_plans: int = 12  # whose acceptance is measured, beside the untuned and the precise plan
+    largest_group: int = 8
+    new_tokens: int = 64  # answered to each prompt where acceptance is measured
+    rounds: int = 8  # of a plan or K at a time
+    turns: int = 3
+    temperature: float = 0.0
+    time_budget: float | None = None  # seconds
+    by_wall: bool | None = None  # rates by wall-clock; by itself only where vLLM's kernels are not interpreted
+    baselines: tuple[str, ...] = BASELINES
+
+
+@dataclass
+class Findings:
+    """All that was measured, as far as it went."""
+
+    num_layers: int
+    untuned: dict[int, Point]  # by batch size
+    by_wall: bool  # whether choices rest on wall-clock rates, or on those of the stages alone
+    costs: dict[ScopedPlan, float] = field(default_factory=dict)  # the scores of the searched plans
+    acceptance: dict[ScopedPlan, list[float]] = field(default_factory=dict)  # by position
+    correction: dict[int, float] = field(default_factory=dict)  # by K, see `planner.py`
+    same_answers: bool | None = None  # of all plans, token for token; None where answers are sampled
+    times: dict[int, StageTimes] = field(default_factory=dict)  # by batch size
+    confirmed: dict[int, dict[Point, Confirmed]] = field(default_factory=dict)  # by batch size
+    baselines: dict[str, dict[int, float]] = field(default_factory=dict)  # by batch size: tokens a second, wall-clock
+    failed: dict[str, str] = field(default_factory=dict)  # baselines whose engine did not start, and why
+    unfinished: list[str] = field(default_factory=list)
+
+    def predicted(self, batch_size: int) -> dict[Point, float]:
+        """Tokens a second of every plan whose acceptance and time are known, at every K.
+
+        Up to K = 1 there is no fuzzy step, and plans don't differ: one stands for all.
+        """
+        times = self.times[batch_size]
+        untuned = self.untuned[batch_size].plan
+        return {
+            point: predicted_rate(point, batch_size, times, self.acceptance, self.correction, self.by_wall)
+            for plan, acceptance in self.acceptance.items()
+            if plan in times.step
+            for point in (Point(plan, k) for k in range(0 if plan == untuned else 2, len(acceptance) + 1))
+        }
+
+    def rates(self, batch_size: int) -> dict[Point, float]:
+        """Tokens a second that the choice rests on: confirmed where that came about, else predicted."""
+        if batch_size not in self.confirmed:
+            return self.predicted(batch_size)
+        seen = self.confirmed[batch_size]
+        return {point: one.wall_rate if self.by_wall else one.stage_rate for point, one in seen.items()}
+
+    def chosen(self) -> dict[int, Point]:
+        return choose({size: self.rates(size) for size in self.times}, TOLERANCE)
+
+    def ranges(self) -> list[Range]:
+        return ranges(self.chosen())
+
+
+class Tuner:
+    def __init__(self, engine_args: EngineArgs, settings: Settings):
+        """engine_args: the target and whatever else vLLM is to be told, without a speculative configuration.
+
+        Raises `ConfigError` for a configuration that can't be used.
+        """
+        self.settings = settings
+        self.config = EasySpecConfig.parse(settings.config)
+        self.config.check_model()
+        least = max(2, self.config.num_speculative_tokens)  # the configuration is measured too
+        self.most_drafts = settings.most_drafts or max(8, least)
+        if self.most_drafts < least:
+            raise ConfigError(f"max_drafts={self.most_drafts} is not allowed. Give at least {least}")
+        shape = support.read_drafter(self.config.model, self.config.revision, self.config.code_revision)
+        untuned = {size: configured(self.config, size, shape.num_layers) for size in settings.batch_sizes}
+        by_wall = settings.by_wall if settings.by_wall is not None else not current_platform.is_cpu()
+        self.found = Findings(shape.num_layers, untuned, by_wall)
+        largest = max(settings.batch_sizes)
+        self.flights = Flights(settings.prompts, largest, self.most_drafts, 2 * settings.rounds, settings.temperature)
+        self.engine_args = changed(engine_args, max_num_seqs=largest, disable_log_stats=True, use_tqdm_on_load=False)
+        self.progress = Progress(settings.time_budget)
+        self.found.unfinished = self.progress.unfinished
+
+    # ---- the phases ----
+
+    def tune(self) -> Findings:
+        """Phases 1 to 4. Ends early where time runs out or the user interrupts; `Findings.unfinished` says where."""
+        config = load(self.settings.config) | {"num_speculative_tokens": self.most_drafts}
+        try:
+            with running(TunedEngine(changed(self.engine_args, speculative_config=config))) as engine:
+                self.start_seconds = self.progress.now() - self.progress.began
+                self._check_room(engine.llm.model_config.max_model_len)
+                self._measure_acceptance(engine, self._search(engine))
+                self._measure_times(engine)
+                self._confirm(engine)
+        except KeyboardInterrupt:
+            self.progress.interrupt()
+        if not self.found.times:
+            raise ConfigError(f"nothing to choose from was measured ({'; '.join(self.found.unfinished)})")
+        return self.found
+
+    def compare(self, tuned: Path) -> None:
+        """Phase 5, with the tuned configuration in the file `tuned`."""
+        speculative: dict[str, Any] = {
+            "tuned": load(tuned),
+            "untuned": load(self.settings.config),
+            "draft_model": self.config.draft_model(),
+            "none": None,
+        }
+        arms = [name for name in speculative if name == "tuned" or name in self.settings.baselines]
+        if not self.settings.baselines or self.progress.interrupted:
+            return
+        try:
+            for name in self.progress.within("compare", arms, 0, 1.2 * self.start_seconds):
+                self._run_arm(name, speculative[name])
+        except KeyboardInterrupt:
+            self.progress.interrupt()
+
+    def _check_room(self, max_model_len: int) -> None:
+        if self.flights.longest > max_model_len:
+            raise ConfigError(
+                f"max_model_len={max_model_len} is too short for the rounds that are measured after a prompt: "
+                f"{self.flights.longest} are needed. Give a longer one, or less prompt_tokens, rounds or batch sizes"
+            )
+
+    def _search(self, engine: TunedEngine) -> list[ScopedPlan]:
+        """The untuned plans, the precise one, and the best for each number of steps, the most promising first."""
+        sums: dict[Any, dict[tuple[int, int], float]] = {scope: defaultdict(float) for scope in SCOPES}
+        prompts = [prompt["prompt_token_ids"][:SCORED_TOKENS] for prompt in self.settings.prompts[:SCORED_PROMPTS]]
+        largest, scored = min(self.settings.largest_group, self.found.num_layers), 0
+        for ids in self.progress.within("score", prompts):
+            for scope in SCOPES:
+                for start, size, cost in engine.rpc("easyspec_group_costs", ids, scope, largest):
+                    sums[scope][start, size] += cost
+            scored += 1
+        for scope in SCOPES:
+            costs = {group: total / scored for group, total in sums[scope].items()}
+            for plan in best_plans(self.found.num_layers, costs):
+                if not plan.is_precise:
+                    self.found.costs[ScopedPlan(plan, scope)] = plan_cost(plan, costs)
+        precise = ScopedPlan(LayerPlan.precise(self.found.num_layers), "attention")
+        searched = most_promising(list(self.found.costs), self.found.costs, self.settings.most_plans)
+        return list(dict.fromkeys([*(point.plan for point in self.found.untuned.values()), precise, *searched]))
+
+    def _measure_acceptance(self, engine: TunedEngine, plans: list[ScopedPlan]) -> None:
+        expected = None
+        params = self.flights.params.clone()
+        params.max_tokens = self.settings.new_tokens
+        self.found.correction = {0: 1.0, self.most_drafts: 1.0}
+        points = [Point(plan, self.most_drafts) for plan in plans]
+        points[1:1] = [Point(plans[0], k) for k in self._fewer_drafts() if k]
+        for point in self.progress.within("acceptance", points):
+            engine.use(point)
+            answers = engine.answer(self.settings.prompts, params)
+            stats = engine.rpc("easyspec_stats")
+            if point.num_drafts == self.most_drafts:
+                self.found.acceptance[point.plan] = stats["acceptance"]
+            else:
+                by_acceptance = tokens_a_round(self.found.acceptance[point.plan], point.num_drafts)
+                self.found.correction[point.num_drafts] = stats["tokens_a_round"] / by_acceptance
+            if self.settings.temperature == 0:
+                expected = expected or answers
+                self.found.same_answers = answers == expected and self.found.same_answers is not False
+
+    def _fewer_drafts(self) -> list[int]:
+        """The K, beside the largest, at which figures that depend on K are measured; others lie between."""
+        return sorted({0, 1, 2, self.most_drafts // 2} - {self.most_drafts})
+
+    def _measure_times(self, engine: TunedEngine) -> None:
+        most = self.most_drafts
+        plans = list(self.found.acceptance)
+        points = [Point(plan, most) for plan in plans]
+        points += [Point(plans[0], k) for k in self._fewer_drafts()]
+        seen: dict[tuple[int, Point], list[Observation]] = defaultdict(list)
+        sweeps = [(turn, size) for turn in range(self.settings.turns) for size in self.settings.batch_sizes]
+        for turn, size in self.progress.within("times", sweeps):
+            engine.land()
+            for point in in_turn(points, turn):
+                self._make_room(engine, size, turn)
+                seen[size, point].append(Observation.of(*engine.measure(point, self.settings.rounds)))
+            self.found.times[size] = _stage_times({point: seen[size, point] for point in points}, most)
+
+    def _make_room(self, engine: TunedEngine, size: int, turn: int) -> None:
+        """Put requests in flight where none are, or where one could end within the next measurement."""
+        next_takes = (WARM_ROUNDS + self.settings.rounds) * (self.most_drafts + 1)
+        if not engine.generated or max(engine.generated.values()) + next_takes >= self.flights.params.max_tokens:
+            engine.take_off(self.flights.batch(size, turn), self.flights.params)
+
+    def _confirm(self, engine: TunedEngine) -> None:
+        points = self._worth_confirming()
+        seen: dict[tuple[int, Point], list[Observation]] = defaultdict(list)
+        turns = [(turn, size) for turn in range(self.settings.turns) for size in self.found.times]
+        for turn, size in self.progress.within("confirm", turns):
+            for point, observed in self.flights.compare(engine, size, points[size], turn):
+                seen[size, point].append(observed)
+            self.found.confirmed[size] = {point: confirmed(size, seen[size, point]) for point in points[size]}
+
+    def _worth_confirming(self) -> dict[int, list[Point]]:
+        """By batch size: the points predicted to be fastest, the smaller size's best, the untuned one and K = 0."""
+        points: dict[int, list[Point]] = {}
+        neighbours: list[Point] = []
+        for size in self.found.times:
+            rates = self.found.predicted(size)
+            fastest = sorted((p for p in rates if p.num_drafts), key=lambda point: rates[point], reverse=True)
+            untuned = self.found.untuned[size]
+            points[size] = list(dict.fromkeys([*fastest[:CONFIRMED], *neighbours, untuned, Point(untuned.plan, 0)]))
+            neighbours = fastest[:1]
+        return points
+
+    def _run_arm(self, name: str, speculative_config: dict[str, Any] | None) -> None:
+        """Tokens a second at each batch size of an engine of its own."""
+        try:
+            arm = Engine(changed(self.engine_args, speculative_config=speculative_config), in_process=False)
+        except (RuntimeError, ValueError) as error:
+            self.found.failed[name] = str(error).splitlines()[0]
+            return
+        with running(arm) as engine:
+            turns = self.settings.turns
+            self.found.baselines[name] = {s: self.flights.wall_rate(engine, s, turns) for s in self.found.times}
+
+
+def configured(config: EasySpecConfig, batch_size: int, num_layers: int) -> Point:
+    """What a configuration does at a batch size."""
+    layer_parallel, k = config.layer_parallel, config.num_speculative_tokens
+    plan, scope = layer_parallel.plan(num_layers), layer_parallel.scope
+    for up_to, *entry in reversed(layer_parallel.plan_table(num_layers)):
+        if up_to is None or batch_size <= up_to:
+            plan, scope = entry  # type: ignore[assignment]
+    for first, _, drafts in sorted(config.num_speculative_tokens_per_batch_size or []):
+        if first <= batch_size:
+            k = min(drafts, config.num_speculative_tokens)
+    return Point(ScopedPlan(plan, scope), k)
+
+
+def _stage_times(seen: dict[Point, list[Observation]], most_drafts: int) -> StageTimes:
+    """Medians over turns. By K, the times of the points with the first plan; a step's, those at the largest K."""
+
+    def typical(point: Point, stage: str) -> float:
+        return median(one.stage_ms[stage] for one in seen[point])
+
+    first = next(iter(seen)).plan
+    by_k = [point for point in seen if point.plan == first]
+    others = [one.window.wall_ms - sum(one.stage_ms.values()) for turns in seen.values() for one in turns]
+    return StageTimes(
+        calibrate={point.num_drafts: typical(point, "calibrate") for point in by_k},
+        verify={point.num_drafts: typical(point, "verify") for point in by_k},
+        step={p.plan: typical(p, "draft") / (most_drafts - 1) for p in seen if p.num_drafts == most_drafts},
+        other=median(others),
+    )
