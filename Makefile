@@ -33,9 +33,9 @@ demo: $(INSTALLED)
 # The tiny pair's tuned configuration, from held-out prompts; ARGS may add a time budget and the like.
 tune: $(INSTALLED)
 	mkdir -p build
-	$(BIN)/python examples/tiny-pair/held_out.py build/prompts.jsonl
+	$(BIN)/python examples/tiny-pair/held_out.py build/held-out.jsonl
 	$(BIN)/vllm-easyspec tune --model examples/tiny-pair/target --config configs/tiny-pair.yaml \
-		--prompts build/prompts.jsonl -o configs/tiny-pair-tuned.yaml --report build/tiny-pair-tuned.html \
+		--prompts build/held-out.jsonl -o configs/tiny-pair-tuned.yaml --report build/tiny-pair-tuned.html \
 		--json benchmarks/results/tune-cpu.json $(ARGS) -- --dtype float32 --max-model-len 1024 \
 		--kv-cache-memory-bytes 256M --enforce-eager
 
@@ -51,7 +51,8 @@ bench: $(INSTALLED)
 	$(BENCH) draft-step --drafter examples/tiny-pair/drafter --ranks 2 --plans 1-4-4-1 1-8-1 --batch 1,8 --context 256 \
 		--json $(RESULTS)/draft-step-cpu.json --plot docs/draft-step-cpu.svg
 	$(BIN)/python benchmarks/rounds.py --json $(RESULTS)/rounds-cpu.json
-	$(BIN)/python benchmarks/held_out.py build/held-out.jsonl
+	mkdir -p build
+	$(BIN)/python examples/tiny-pair/held_out.py build/held-out.jsonl
 	$(BENCH) engine $(TINY_PAIR) --prompts build/held-out.jsonl --concurrency 1,4,16 --output-tokens 64 \
 		--json $(RESULTS)/engine-cpu.json --plot docs/engine-cpu.svg
 	$(BENCH) engine $(TINY_PAIR) --input-tokens 1900 --output-tokens 16 --concurrency 1 --requests 8 --turns 1 \
