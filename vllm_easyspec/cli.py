@@ -231,9 +231,7 @@ def _add_tune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     )
     tune.add_argument("--model", metavar="TARGET", required=True, help="a folder or a hub name")
     tune.add_argument("--config", metavar="YAML", required=True, help="the untuned configuration")
-    tune.add_argument(
-        "--prompts", metavar="FILE", required=True, help="JSON lines with prompt, text or turns; or lines"
-    )
+    tune.add_argument("--prompts", metavar="FILE", required=True, help="JSON lines with prompt, text or turns")
     tune.add_argument("-o", dest="out", metavar="YAML", required=True, help="write the tuned configuration here")
     tune.add_argument("--report", metavar="HTML", help="write a report with plots here")
     tune.add_argument("--json", metavar="FILE", help="keep all that was measured here")

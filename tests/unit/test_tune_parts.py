@@ -1,66 +1,13 @@
-"""Prompts from files, the time budget, and errors of `vllm-easyspec tune` that need no engine."""
-
-import json
+"""The time budget, and errors of `vllm-easyspec tune` that need no engine."""
 
 import pytest
 
 from vllm_easyspec.cli import main
-from vllm_easyspec.config import ConfigError
 from vllm_easyspec.drafter.plan import LayerPlan
 from vllm_easyspec.tune.engine import WARM_ROUNDS, TunedEngine, Window
 from vllm_easyspec.tune.flights import Flights, Observation, in_turn
 from vllm_easyspec.tune.planner import Point, ScopedPlan
 from vllm_easyspec.tune.progress import Progress
-from vllm_easyspec.tune.prompts import read_prompts
-
-
-class Letters:
-    """A tokenizer of one token a letter, with a chat template."""
-
-    chat_template = "there is one"
-
-    def encode(self, text: str) -> list[int]:
-        return [ord(letter) for letter in text]
-
-    def apply_chat_template(self, messages, add_generation_prompt, return_dict) -> list[int]:
-        assert add_generation_prompt and not return_dict
-        return self.encode(f"<{messages[0]['role']}>{messages[0]['content']}")
-
-
-def texts(path, most_tokens: int = 100) -> list[str]:
-    prompts = read_prompts(path, Letters(), most_tokens)
-    return ["".join(map(chr, prompt["prompt_token_ids"])) for prompt in prompts]
-
-
-def test_prompts(tmp_path):
-    rows = [{"prompt": "one"}, {"text": "two", "id": 3}, {"turns": ["three", "four"]}]
-    lines = tmp_path / "prompts.jsonl"
-    lines.write_text("\n\n".join(map(json.dumps, rows)) + "\n")
-    assert texts(lines) == ["one", "two", "<user>three"]
-    assert texts(lines, 2) == ["on", "tw", "<u"]
-    plain = tmp_path / "prompts.txt"
-    plain.write_text("one line\n\nanother\n")
-    assert texts(plain) == ["one line", "another"]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"prompt": "a"}\n{"prompt": ', "prompts.jsonl, line 2 is not valid JSON: Expecting value. Correct it there"),
-        ('{"question": "a"}', r'line 1 holds {"question": "a"} where {"prompt": "..."}'),
-        ('{"prompt": 3}', "line 1 holds"),
-        ('{"turns": []}', "line 1 holds"),
-        ('["a"]', "line 1 holds"),
-        ("\n", "holds no prompt. Give some, one a line"),
-    ],
-)
-def test_prompts_that_cannot_be_read(tmp_path, text, message):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match=message):
-        texts(path)
-    with pytest.raises(ConfigError, match="can't be read: .*Give a file of prompts"):
-        texts(tmp_path / "nowhere")
 
 
 class Clock(Progress):
@@ -158,7 +105,7 @@ def test_flights_are_the_same_for_every_point_and_go_through_all_prompts():
 
 WRONG = {
     "no folder for the result": (["-o", "nowhere/tuned.yaml"], "can't be written: 'nowhere' is not a folder"),
-    "no prompts": (["--prompts", "nowhere.jsonl"], "prompts='nowhere.jsonl' can't be read"),
+    "no prompts": (["--prompts", "nowhere.jsonl"], "--prompts nowhere.jsonl can't be read"),
     "batch sizes": (["--batch-sizes", "0,1"], r"batch_sizes=\[0, 1\] is not allowed"),
     "a baseline": (["--baselines", "eagle"], "'eagle' is none of untuned, draft_model, none"),
     "K": (["--max-drafts", "2"], "max_drafts=2 is not allowed. Give at least 3"),
@@ -173,9 +120,9 @@ def test_errors_of_the_command(tmp_path, monkeypatch, capsys, changes, message):
     from tiny_models import DRAFTER
 
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "prompts.txt").write_text("one\n")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "one"}\n')
     (tmp_path / "untuned.yaml").write_text(f"method: easyspec\nmodel: {DRAFTER}\nnum_speculative_tokens: 3\n")
-    given = ["--model", str(DRAFTER), "--config", "untuned.yaml", "--prompts", "prompts.txt", "-o", "tuned.yaml"]
+    given = ["--model", str(DRAFTER), "--config", "untuned.yaml", "--prompts", "prompts.jsonl", "-o", "tuned.yaml"]
     assert main(["tune", *given, *changes]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("vllm-easyspec tune: error: ") and re.search(message, error)

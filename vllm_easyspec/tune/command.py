@@ -8,31 +8,30 @@ from pathlib import Path
 from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
-from vllm.tokenizers import get_tokenizer
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_easyspec import plugin
+from vllm_easyspec.bench.prompts import read_prompts
 from vllm_easyspec.bench.report import surroundings
 from vllm_easyspec.config import ConfigError
 from vllm_easyspec.tune.planner import Point
-from vllm_easyspec.tune.prompts import read_prompts
 from vllm_easyspec.tune.report import html_report
 from vllm_easyspec.tune.tuner import BASELINES, Findings, Settings, Tuner
 from vllm_easyspec.tune.written import as_written, tuned_yaml
 
 
 def run(args: argparse.Namespace) -> str:
-    """Tune, and write the files that `args` names; returns a summary. Raises `ConfigError`."""
+    """Tune, and write the files that `args` names; returns a summary. Raises `ConfigError` or `BenchmarkError`."""
     plugin.register()
     out = Path(args.out)
     for path in filter(None, (out, args.report and Path(args.report), args.json and Path(args.json))):
         if not path.parent.is_dir():
             raise ConfigError(f"{str(path)!r} can't be written: {str(path.parent)!r} is not a folder")
     engine_args = _engine_args(args.model, args.tensor_parallel_size, args.engine_arguments)
-    tokenizer = get_tokenizer(engine_args.tokenizer or args.model, trust_remote_code=engine_args.trust_remote_code)
+    prompts = read_prompts(Path(args.prompts), engine_args.tokenizer or args.model, args.prompt_tokens)
     settings = Settings(
         config=Path(args.config),
-        prompts=read_prompts(Path(args.prompts), tokenizer, args.prompt_tokens),
+        prompts=[{"prompt_token_ids": ids} for ids in prompts],
         batch_sizes=_batch_sizes(args.batch_sizes),
         most_drafts=args.max_drafts,
         most_plans=args.plans,
