@@ -49,9 +49,10 @@ class MlpPlacement(Enum):
 
 
 # Replicating an MLP costs reading the other ranks' shares from memory and saves one all-reduce. The break-even is the
-# bytes that a rank reads in the time of one small all-reduce: on a GPU about 8 us (vLLM's custom all-reduce over
-# NVLink) at 3 TB/s; between processes on a CPU about 30 us at 10 GB/s. Assumed, not measured here.
-REPLICATE_BELOW_BYTES = {"cuda": 24_000_000, "cpu": 300_000}
+# bytes that a rank reads in the time of one small all-reduce. On a CPU, measured with two ranks by `vllm-easyspec bench
+# draft-step --mlp tensor` and `--mlp replicate`: 5 us, and 300 kB take 20 us (docs/experiments.md). On a GPU assumed:
+# about 8 us (vLLM's custom all-reduce over NVLink) at 3 TB/s.
+REPLICATE_BELOW_BYTES = {"cuda": 24_000_000, "cpu": 75_000}
 
 
 def choose_mlp(mode: str, shape: DrafterShape, num_ranks: int, itemsize: int, device_type: str) -> MlpPlacement:
