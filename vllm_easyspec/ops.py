@@ -6,7 +6,9 @@ its kernels stand in for the references on the devices that it was built for; wh
 
 import platform
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,35 +22,49 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 REFERENCES: dict[torch._ops.OpOverload, Callable] = {}
 
 
-def _operator(schema: str, fake: Callable | None = None) -> Callable[[Callable], torch._ops.OpOverload]:
-    """Define `torch.ops.vllm_easyspec.<schema>` with the decorated reference as its implementation on every device.
-
-    fake: as in `torch.library.register_fake`; by default the operator returns nothing.
-    """
-
-    def define(reference: Callable) -> torch._ops.OpOverload:
-        name = schema.partition("(")[0]
-        _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
-        _library.impl(name, reference, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", fake or (lambda *arguments: None), lib=_library)
-        operator = getattr(getattr(torch.ops, NAMESPACE), name).default
-        REFERENCES[operator] = reference
-        return operator
-
-    return define
-
-
 # A pass of at most so many tokens takes a sublayer's dense work on a CPU in one native operator. Longer ones are bound
 # by arithmetic, and torch's products of bfloat16 have instructions for it. Measured by benchmarks/operators.py, see
 # docs/experiments.md; float16 is taken to be like bfloat16.
 FEW_TOKENS = {torch.float32: 64, torch.bfloat16: 4, torch.float16: 4}
 
 
-def _choose(name: str, x: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """The native operator for few tokens on a CPU, `x` being `[..., tokens, hidden]`; else its parts one by one."""
-    operator = getattr(torch.ops.vllm_easyspec, name).default
-    few = x.device.type == "cpu" and WHY_NOT_NATIVE is None and x.shape[-2] <= FEW_TOKENS[x.dtype]
-    return operator if few else REFERENCES[operator]
+def is_short(x: torch.Tensor) -> bool:
+    """Whether the native operator of few tokens serves an input `[..., tokens, hidden]`."""
+    return x.device.type == "cpu" and WHY_NOT_NATIVE is None and x.shape[-2] <= FEW_TOKENS[x.dtype]
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _operator(
+    schema: str, fake: Callable | None = None, of_few_tokens: bool = False
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Define `torch.ops.vllm_easyspec.<schema>`; the decorated function, which then calls it, is its reference.
+
+    fake: as in `torch.library.register_fake`; by default the operator returns nothing. of_few_tokens: the operator
+    serves few tokens on a CPU, its first argument being `[..., tokens, hidden]`; all else takes the reference's parts.
+    """
+
+    def define(reference: Callable[P, R]) -> Callable[P, R]:
+        name = schema.partition("(")[0]
+        _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        _library.impl(name, reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake or (lambda *arguments: None), lib=_library)
+        operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+        REFERENCES[operator] = reference
+
+        @wraps(reference)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            return operator(*args, **kwargs)
+
+        @wraps(reference)
+        def choose(*args: P.args, **kwargs: P.kwargs) -> R:
+            return (operator if is_short(cast(torch.Tensor, args[0])) else reference)(*args, **kwargs)
+
+        return choose if of_few_tokens else call
+
+    return define
 
 
 @_operator(
@@ -56,35 +72,6 @@ def _choose(name: str, x: torch.Tensor) -> Callable[..., torch.Tensor]:
     "Tensor(c!) query_positions, Tensor(d!) seq_lens, Tensor(e!) slots, int block_size, int num_blocks, int max_len) "
     "-> ()"
 )
-def _advance_draft_inputs(
-    sampled: torch.Tensor,
-    positions: torch.Tensor,
-    live: torch.Tensor,
-    block_table: torch.Tensor,
-    input_ids: torch.Tensor,
-    query_positions: torch.Tensor,
-    seq_lens: torch.Tensor,
-    slots: torch.Tensor,
-    block_size: int,
-    num_blocks: int,
-    max_len: int,
-) -> None:
-    rows = positions.shape[0]
-    if rows == 0:
-        return
-    padding = positions < 0
-    positions.add_(~padding)
-    query = positions.clamp(min=0, max=max_len - 1)
-    columns = (query // block_size).clamp(max=block_table.shape[1] - 1)
-    blocks = block_table[:rows].gather(1, columns.unsqueeze(1)).squeeze(1).long()
-    written = live & ~padding & (positions < max_len)
-    own = torch.where(written, blocks * block_size + query % block_size, -1)
-    input_ids.copy_(sampled.masked_fill(padding, 0))
-    query_positions.view(-1, rows).copy_(query)
-    seq_lens.view(-1, rows).copy_(query + 1)
-    slots.copy_(shift_slots(own, slots.numel() // rows, num_blocks * block_size).view_as(slots))
-
-
 def advance_draft_inputs(
     sampled: torch.Tensor,
     positions: torch.Tensor,
@@ -115,37 +102,34 @@ def advance_draft_inputs(
 
     Raises RuntimeError (native only) for another dtype, size or layout.
     """
-    torch.ops.vllm_easyspec.advance_draft_inputs(
-        sampled,
-        positions,
-        live,
-        block_table,
-        input_ids,
-        query_positions,
-        seq_lens,
-        slots,
-        block_size,
-        num_blocks,
-        max_len,
-    )
+    rows = positions.shape[0]
+    if rows == 0:
+        return
+    padding = positions < 0
+    positions.add_(~padding)
+    query = positions.clamp(min=0, max=max_len - 1)
+    columns = (query // block_size).clamp(max=block_table.shape[1] - 1)
+    blocks = block_table[:rows].gather(1, columns.unsqueeze(1)).squeeze(1).long()
+    written = live & ~padding & (positions < max_len)
+    own = torch.where(written, blocks * block_size + query % block_size, -1)
+    input_ids.copy_(sampled.masked_fill(padding, 0))
+    query_positions.view(-1, rows).copy_(query)
+    seq_lens.view(-1, rows).copy_(query + 1)
+    slots.copy_(shift_slots(own, slots.numel() // rows, num_blocks * block_size).view_as(slots))
 
 
 @_operator(
     "embed_shard(Tensor ids, Tensor table, int first, int rows) -> Tensor",
     fake=lambda ids, table, first, rows: table.new_empty(ids.shape[0], table.shape[1]),
 )
-def _embed_shard(ids: torch.Tensor, table: torch.Tensor, first: int, rows: int) -> torch.Tensor:
-    local = ids - first
-    owned = (local >= 0) & (local < rows)
-    return F.embedding(local.masked_fill(~owned, 0), table).masked_fill_(~owned.unsqueeze(1), 0)
-
-
 def embed_shard(ids: torch.Tensor, table: torch.Tensor, first: int, rows: int) -> torch.Tensor:
     """A vocabulary shard's rows, zeros for other shards' tokens: ids `[tokens] int64` to `[tokens, hidden]`.
 
     table: `[at least rows, hidden]`, of the tokens from `first` to `first + rows`.
     """
-    return torch.ops.vllm_easyspec.embed_shard(ids, table, first, rows)
+    local = ids - first
+    owned = (local >= 0) & (local < rows)
+    return F.embedding(local.masked_fill(~owned, 0), table).masked_fill_(~owned.unsqueeze(1), 0)
 
 
 def _fake_group_rms_norm(x: torch.Tensor, weights: torch.Tensor, eps: float) -> torch.Tensor:
@@ -153,66 +137,26 @@ def _fake_group_rms_norm(x: torch.Tensor, weights: torch.Tensor, eps: float) -> 
 
 
 @_operator("group_rms_norm(Tensor x, Tensor weights, float eps) -> Tensor", fake=_fake_group_rms_norm)
-def _group_rms_norm(x: torch.Tensor, weights: torch.Tensor, eps: float) -> torch.Tensor:
-    return F.rms_norm(x, x.shape[-1:], None, eps) * weights.unsqueeze(1)
-
-
 def group_rms_norm(x: torch.Tensor, weights: torch.Tensor, eps: float) -> torch.Tensor:
     """RMSNorm of one input, or of one input a layer, by the weights of `G` layers.
 
     x: `[tokens, hidden]` shared by all layers (the variance is taken once), or `[G, tokens, hidden]`;
     weights: `[G, hidden]`. Returns `[G, tokens, hidden]` in x's dtype.
     """
-    return torch.ops.vllm_easyspec.group_rms_norm(x, weights, eps)
+    return F.rms_norm(x, x.shape[-1:], None, eps) * weights.unsqueeze(1)
 
 
 @_operator("prefix_sums(Tensor x, Tensor outputs) -> Tensor", fake=lambda x, outputs: torch.empty_like(outputs))
-def _prefix_sums(x: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
-    return torch.cat([x.unsqueeze(0), outputs]).cumsum(0)[1:]
-
-
 def prefix_sums(x: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
     """`x` and the outputs up to each: `[tokens, hidden]` and `[G, tokens, hidden]` to `[G, tokens, hidden]`."""
-    return torch.ops.vllm_easyspec.prefix_sums(x, outputs)
+    return torch.cat([x.unsqueeze(0), outputs]).cumsum(0)[1:]
 
 
 @_operator(
     "rotate_and_store(Tensor(a!) qkv, Tensor positions, Tensor cos_sin, int num_heads, int num_kv_heads, bool neox, "
-    "Tensor? q_norms, Tensor? k_norms, int first, float eps, Tensor(b!)? cache, Tensor? slots) -> ()"
+    "Tensor? q_norms=None, Tensor? k_norms=None, int first=0, float eps=0.0, "
+    "Tensor(b!)? cache=None, Tensor? slots=None) -> ()"
 )
-def _rotate_and_store(
-    qkv: torch.Tensor,
-    positions: torch.Tensor,
-    cos_sin: torch.Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    neox: bool,
-    q_norms: torch.Tensor | None,
-    k_norms: torch.Tensor | None,
-    first: int,
-    eps: float,
-    cache: torch.Tensor | None,
-    slots: torch.Tensor | None,
-) -> None:
-    q, k, v = qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=2)
-    cos, sin = cos_sin[positions].view(*qkv.shape[:2], 1, -1).float().chunk(2, dim=-1)
-    half = cos.shape[-1]
-    for heads, norms in ((q, q_norms), (k, k_norms)):
-        if norms is not None:
-            heads.copy_(
-                F.rms_norm(heads, heads.shape[-1:], None, eps) * norms[first : first + qkv.shape[0], None, None]
-            )
-        rotary = heads[..., : 2 * half]
-        one, two = (rotary[..., :half], rotary[..., half:]) if neox else (rotary[..., ::2], rotary[..., 1::2])
-        one_rotated, two_rotated = one * cos - two * sin, two * cos + one * sin
-        one.copy_(one_rotated)
-        two.copy_(two_rotated)
-    if cache is not None and slots is not None:
-        live = slots >= 0
-        pages, rows = slots[live] // cache.shape[2], slots[live] % cache.shape[2]
-        cache[pages, :, rows] = torch.cat([k, v], dim=-1).flatten(0, 1)[live]
-
-
 def rotate_and_store(
     qkv: torch.Tensor,
     positions: torch.Tensor,
@@ -236,29 +180,30 @@ def rotate_and_store(
     page tokens, 2 * head_dim]`, a key and then a value, of any strides but the last; slots: `[layers * tokens] int64`,
     nothing is written at negative ones.
     """
-    torch.ops.vllm_easyspec.rotate_and_store(
-        qkv, positions, cos_sin, num_heads, num_kv_heads, neox, q_norms, k_norms, first, eps, cache, slots
-    )
+    q, k, v = qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=2)
+    cos, sin = cos_sin[positions].view(*qkv.shape[:2], 1, -1).float().chunk(2, dim=-1)
+    half = cos.shape[-1]
+    for heads, norms in ((q, q_norms), (k, k_norms)):
+        if norms is not None:
+            heads.copy_(
+                F.rms_norm(heads, heads.shape[-1:], None, eps) * norms[first : first + qkv.shape[0], None, None]
+            )
+        rotary = heads[..., : 2 * half]
+        one, two = (rotary[..., :half], rotary[..., half:]) if neox else (rotary[..., ::2], rotary[..., 1::2])
+        one_rotated, two_rotated = one * cos - two * sin, two * cos + one * sin
+        one.copy_(one_rotated)
+        two.copy_(two_rotated)
+    if cache is not None and slots is not None:
+        live = slots >= 0
+        pages, rows = slots[live] // cache.shape[2], slots[live] % cache.shape[2]
+        cache[pages, :, rows] = torch.cat([k, v], dim=-1).flatten(0, 1)[live]
 
 
 @_operator(
     "norm_and_project(Tensor x, Tensor norms, Tensor weights, Tensor? bias, int first, int count, float eps) -> Tensor",
     fake=lambda x, norms, weights, bias, first, count, eps: x.new_empty(count, x.shape[-2], weights.shape[2]),
+    of_few_tokens=True,
 )
-def _norm_and_project(
-    x: torch.Tensor,
-    norms: torch.Tensor,
-    weights: torch.Tensor,
-    bias: torch.Tensor | None,
-    first: int,
-    count: int,
-    eps: float,
-) -> torch.Tensor:
-    own = slice(first, first + count)
-    out = torch.matmul(group_rms_norm(x, norms[own], eps), weights[own])
-    return out if bias is None else out.add_(bias[own].unsqueeze(1))
-
-
 def norm_and_project(
     x: torch.Tensor,
     norms: torch.Tensor,
@@ -273,16 +218,25 @@ def norm_and_project(
 
     norms: `[layers, hidden]`; weights: `[layers, hidden, columns]`; bias: `[layers, columns]`.
     """
-    return _choose("norm_and_project", x)(x, norms, weights, bias, first, count, eps)
+    own = slice(first, first + count)
+    out = torch.matmul(group_rms_norm(x, norms[own], eps), weights[own])
+    return out if bias is None else out.add_(bias[own].unsqueeze(1))
 
 
 @_operator(
     "project_among_zeros(Tensor x, Tensor weights, Tensor? bias, int first, int group, int offset, int step) -> Tensor",
     fake=lambda x, weights, bias, first, group, offset, step: x.new_empty(group, x.shape[1], weights.shape[2]),
+    of_few_tokens=True,
 )
-def _project_among_zeros(
+def project_among_zeros(
     x: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None, first: int, group: int, offset: int, step: int
 ) -> torch.Tensor:
+    """Projections by a rank's share of a group, zeros for the other ranks' layers: `[count, tokens, inner]` to
+    `[group, tokens, columns]`.
+
+    weights: `[layers, inner, columns]` and bias: `[layers, columns]`, the share's from `first` on. It is every
+    `step`-th layer of the group from its `offset`-th.
+    """
     count = x.shape[0]
     local = torch.matmul(x, weights[first : first + count])
     if bias is not None:
@@ -294,42 +248,12 @@ def _project_among_zeros(
     return out
 
 
-def project_among_zeros(
-    x: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None, first: int, group: int, offset: int, step: int
-) -> torch.Tensor:
-    """Projections by a rank's share of a group, zeros for the other ranks' layers: `[count, tokens, inner]` to
-    `[group, tokens, columns]`.
-
-    weights: `[layers, inner, columns]` and bias: `[layers, columns]`, the share's from `first` on. It is every
-    `step`-th layer of the group from its `offset`-th.
-    """
-    return _choose("project_among_zeros", x)(x, weights, bias, first, group, offset, step)
-
-
 @_operator(
     "sum_of_mlps(Tensor inputs, Tensor norms, Tensor gate_up, Tensor? gate_up_bias, Tensor down, Tensor? residual, "
     "int first, float eps) -> Tensor",
     fake=lambda inputs, *others: torch.empty_like(inputs[0]),
+    of_few_tokens=True,
 )
-def _sum_of_mlps(
-    inputs: torch.Tensor,
-    norms: torch.Tensor,
-    gate_up: torch.Tensor,
-    gate_up_bias: torch.Tensor | None,
-    down: torch.Tensor,
-    residual: torch.Tensor | None,
-    first: int,
-    eps: float,
-) -> torch.Tensor:
-    own = slice(first, first + inputs.shape[0])
-    hidden = torch.matmul(group_rms_norm(inputs, norms[own], eps), gate_up[own])
-    if gate_up_bias is not None:
-        hidden += gate_up_bias[own].unsqueeze(1)
-    # The down projections and their sum are one product: the layers' widths lie side by side.
-    total = silu_and_mul(hidden).transpose(0, 1).flatten(1) @ down[own].flatten(0, 1)
-    return total if residual is None else residual + total
-
-
 def sum_of_mlps(
     inputs: torch.Tensor,
     norms: torch.Tensor,
@@ -346,32 +270,21 @@ def sum_of_mlps(
     norms: `[layers, hidden]`; gate_up: `[layers, hidden, 2 * width]`, gates first; gate_up_bias: `[layers,
     2 * width]`; down: `[layers, width, hidden]`.
     """
-    return _choose("sum_of_mlps", inputs)(inputs, norms, gate_up, gate_up_bias, down, residual, first, eps)
+    own = slice(first, first + inputs.shape[0])
+    hidden = torch.matmul(group_rms_norm(inputs, norms[own], eps), gate_up[own])
+    if gate_up_bias is not None:
+        hidden += gate_up_bias[own].unsqueeze(1)
+    # The down projections and their sum are one product: the layers' widths lie side by side.
+    total = silu_and_mul(hidden).transpose(0, 1).flatten(1) @ down[own].flatten(0, 1)
+    return total if residual is None else residual + total
 
 
 @_operator(
     "look_ahead(Tensor x, Tensor h, Tensor previous, Tensor down, Tensor up, Tensor bias, int count, float eps) "
     "-> Tensor",
     fake=lambda x, h, previous, down, up, bias, count, eps: h.new_empty(count, *h.shape),
+    of_few_tokens=True,
 )
-def _look_ahead(
-    x: torch.Tensor,
-    h: torch.Tensor,
-    previous: torch.Tensor,
-    down: torch.Tensor,
-    up: torch.Tensor,
-    bias: torch.Tensor,
-    count: int,
-    eps: float,
-) -> torch.Tensor:
-    features = torch.cat([F.rms_norm(h, h.shape[-1:], None, eps), previous], dim=-1)
-    if x.dim() == 3:
-        own = F.rms_norm(x, x.shape[-1:], None, eps)
-        features = torch.cat([features.expand(count, -1, -1), own], dim=-1)
-    thin = torch.matmul(features, down[:count])
-    return torch.baddbmm(x + bias[:count].unsqueeze(1), thin, up[:count])
-
-
 def look_ahead(
     x: torch.Tensor,
     h: torch.Tensor,
@@ -388,7 +301,12 @@ def look_ahead(
     hidden]`, with `x / rms(x)` after them; down: `[layers, features, rank]`; up: `[layers, rank, hidden]`; bias:
     `[layers, hidden]`.
     """
-    return _choose("look_ahead", x)(x, h, previous, down, up, bias, count, eps)
+    features = torch.cat([F.rms_norm(h, h.shape[-1:], None, eps), previous], dim=-1)
+    if x.dim() == 3:
+        own = F.rms_norm(x, x.shape[-1:], None, eps)
+        features = torch.cat([features.expand(count, -1, -1), own], dim=-1)
+    thin = torch.matmul(features, down[:count])
+    return torch.baddbmm(x + bias[:count].unsqueeze(1), thin, up[:count])
 
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
