@@ -26,7 +26,12 @@ class FirstStepPass:
     def positions_for(self, num_layers: int) -> torch.Tensor:
         return self.precise.positions.repeat(num_layers)
 
-    def attend(self, layers: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def plain_cache(self, layers: slice) -> tuple[None, None]:
+        return None, None
+
+    def attend(
+        self, layers: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stored: bool = False
+    ) -> torch.Tensor:
         local = range(layers.start, layers.stop)
         parts = zip(local, *(t.chunk(len(local)) for t in (q, k, v)), strict=True)
         return torch.cat([self._attend_layer(*part) for part in parts])
