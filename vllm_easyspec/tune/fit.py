@@ -300,7 +300,7 @@ class Fit:
         # Backwards, since drafting overwrites the pages of what comes after.
         for newest in range(batch.shape[1] - drafts, SHORTEST - 1, -every * max(1, drafts - 1)):
             self._rewind(newest + 1)
-            hidden = final[:, newest]
+            hidden = final[:, newest].contiguous()
             tokens, previous = [self._next(hidden)], []
             with seeing(self.drafter) as drafting:
                 for _ in range(drafts - 1):
