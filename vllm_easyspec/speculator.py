@@ -426,7 +426,7 @@ class EasySpecSpeculator(DraftModelSpeculator):
     def _profile(self, input_batch: InputBatch) -> torch.Tensor:
         """vLLM's memory profiling, before pages exist: a whole batch through the precise pass, and its logits."""
         attention = UnpagedPass(input_batch.positions)
-        hidden = self.model(input_batch.input_ids, self.precise, "attention", attention)
+        hidden = self.model(input_batch.input_ids.long(), self.precise, "attention", attention)
         self.model.compute_logits(hidden[: input_batch.num_reqs])
         return self.draft_tokens[: input_batch.num_reqs]
 

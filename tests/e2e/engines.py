@@ -57,7 +57,8 @@ def engine(model: Path = TARGET, **arguments: Any) -> Iterator[LLM]:
     try:
         yield llm
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        # The engine's process never ends by itself within vLLM's five seconds, and is killed then.
+        llm.llm_engine.engine_core.shutdown(timeout=1.0)
 
 
 def easyspec(drafter: Path = DRAFTER, **changes: Any) -> dict[str, Any]:
