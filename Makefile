@@ -34,7 +34,7 @@ demo: $(INSTALLED)
 tune: $(INSTALLED)
 	mkdir -p build
 	$(BIN)/python examples/tiny-pair/held_out.py build/held-out.jsonl
-	$(BIN)/vllm-easyspec tune --model examples/tiny-pair/target --config configs/tiny-pair.yaml \
+	$(BIN)/vllm-easyspec tune --model examples/tiny-pair/target --config configs/tiny-pair-lookahead.yaml \
 		--prompts build/held-out.jsonl -o configs/tiny-pair-tuned.yaml --report build/tiny-pair-tuned.html \
 		--json benchmarks/results/tune-cpu.json $(ARGS) -- --dtype float32 --max-model-len 1024 \
 		--kv-cache-memory-bytes 256M --enforce-eager

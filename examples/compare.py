@@ -6,6 +6,7 @@ Plan and K are each configuration's own for the batch size. Greedy, float32. `ma
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -50,7 +51,10 @@ def compare(model: Path, untuned: Path, tuned: Path, ranks: int, sizes: list[int
         prompts = [{"prompt_token_ids": tokenizer.encode(text)} for text in texts]
         flights = Flights(prompts, max(sizes), most, ROUNDS)
         for size in sizes:
-            points = {name: configured(config, size, drafter.num_layers) for name, config in configs.items()}
+            points = {
+                name: replace(configured(config, size, drafter.num_layers), lookahead=config.lookahead is not None)
+                for name, config in configs.items()
+            }
             report(size, points, measure(engine, flights, size, list(points.values()), turns))
 
 

@@ -54,7 +54,7 @@ def test_the_plan_in_the_comment_is_the_plan(path):
     assert str(config.layer_parallel.plan(int(written[1]))) == written[2]
 
 
-@pytest.mark.parametrize("name", ["tiny-pair.yaml", "tiny-pair-tuned.yaml"])
+@pytest.mark.parametrize("name", ["tiny-pair.yaml", "tiny-pair-lookahead.yaml", "tiny-pair-tuned.yaml"])
 def test_the_tiny_pair_is_the_repository_s_own(name):
     target, drafter = pair(CONFIGS / name)
     assert (target, drafter) == (TARGET, str(DRAFTER))

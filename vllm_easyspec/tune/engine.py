@@ -135,8 +135,9 @@ class TunedEngine(Engine):
     def use(self, point: Point) -> None:
         """Draft so from the next round on; the worker's counters start anew."""
         self.num_drafts_by_batch_size[:] = [point.num_drafts] * len(self.num_drafts_by_batch_size)
+        maps = {} if point.lookahead is None else {"lookahead": point.lookahead}
         sizes = list(point.plan.plan.group_sizes)
-        self.rpc("easyspec_configure", scope=point.plan.scope, group_sizes=sizes)
+        self.rpc("easyspec_configure", scope=point.plan.scope, group_sizes=sizes, **maps)
         batch_sizes, drafts = [len(self.generated)], [point.num_drafts]
         self.rpc("easyspec_capture", batch_sizes=batch_sizes, num_speculative_tokens=drafts)
 

@@ -39,9 +39,11 @@ class Point:
 
     plan: ScopedPlan
     num_drafts: int
+    lookahead: bool | None = None  # with look-ahead maps or without; None: as the engine's configuration says
 
     def __str__(self) -> str:
-        return f"{self.plan}, K={self.num_drafts}" if self.num_drafts > 1 else f"K={self.num_drafts}"
+        maps = ", maps" if self.lookahead else ""
+        return f"{self.plan}{maps}, K={self.num_drafts}" if self.num_drafts > 1 else f"K={self.num_drafts}"
 
 
 @dataclass
