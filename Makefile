@@ -48,9 +48,10 @@ BENCH := $(BIN)/vllm-easyspec bench
 TINY_PAIR := --model examples/tiny-pair/target --config configs/tiny-pair.yaml --dtype float32 \
 	--engine '{"kv_cache_memory_bytes": 268435456}'
 bench: $(INSTALLED)
-	$(BENCH) draft-step --drafter examples/tiny-pair/drafter --ranks 2 --plans 1-4-4-1 1-8-1 --batch 1,8 --context 256 \
+	$(BENCH) draft-step --drafter examples/tiny-pair/drafter --ranks 2 --plans 1-4-4-1 1-8-1 1-9 --batch 1,8 --context 256 \
 		--json $(RESULTS)/draft-step-cpu.json --plot docs/draft-step-cpu.svg
-	$(BIN)/python benchmarks/rounds.py --json $(RESULTS)/rounds-cpu.json
+	$(BIN)/python benchmarks/rounds.py --lookahead examples/tiny-pair/lookahead.safetensors \
+		--json $(RESULTS)/rounds-cpu.json
 	mkdir -p build
 	$(BIN)/python examples/tiny-pair/held_out.py build/held-out.jsonl
 	$(BENCH) engine $(TINY_PAIR) --prompts build/held-out.jsonl --concurrency 1,4,16 --output-tokens 64 \
