@@ -91,7 +91,15 @@ def test_interrupted(tmp_path):
     many = "--batch-sizes 2 --new-tokens 8 --rounds 4 --turns 1000 --prompt-tokens 40 -tp 2 --time-budget 3000".split()
     arguments = command(tmp_path, *many)
     with open(tmp_path / "stderr", "w+b") as log:
-        run = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=log, start_new_session=True)
+        run = subprocess.Popen(
+            arguments,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            start_new_session=True,
+            # A shell's background jobs, and what they start, ignore the signal.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         try:
             while log_so_far(tmp_path).count(b"\rtimes") < 3:  # the bar shows two sweeps at least
                 assert run.poll() is None, log_so_far(tmp_path)[-3000:].decode()
