@@ -9,7 +9,6 @@ drafter of Qwen2.5 0.5B's shape, K=5, a synthetic acceptance length of 4. The ta
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -261,7 +260,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
-    around = surroundings(" ".join(["benchmarks/gpu_figures.py", *sys.argv[1:]]))
+    around = surroundings()
 
     def save(drafter: str, rows: list[dict]) -> None:
         named = [{"drafter": drafter} | row for row in rows]

@@ -51,8 +51,7 @@ def main() -> None:
     for row in rows:
         figures = " | ".join(f"{row[key]:.2f}" for key in ("interpreted_ms", "plain_ms", "ratio", "tokens_a_round"))
         print(f"| {row['arm']} | {figures} |")
-    command = " ".join(["benchmarks/interpreted.py", *sys.argv[1:]])
-    result = surroundings(command) | {"settings": vars(args) | {"json": None}, "rows": rows}
+    result = surroundings() | {"settings": vars(args) | {"json": None}, "rows": rows}
     write(args.json, result)
     print(json.dumps(result, indent=1))
 

@@ -5,7 +5,6 @@ One rank, one request, float32, K = 5; times are medians of a step in millisecon
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -58,7 +57,7 @@ def main() -> None:
     rows = run_ranks(1, measure, str(args.lookahead), args.repetitions)[0]
     for row in rows:
         print(row)
-    result = surroundings(" ".join(["benchmarks/lookahead_cost.py", *sys.argv[1:]])) | {"rows": rows}
+    result = surroundings() | {"rows": rows}
     text = json.dumps(result, indent=1)
     if args.json:
         args.json.write_text(text + "\n")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rounds import DRAFTS, PAIR, held_out_prompts
+from rounds import DRAFTS, PAIR, held_out_ids
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -279,7 +279,7 @@ def main() -> None:
     lines = [json.loads(line)["text"] for line in args.text.read_text().splitlines()]
     pieces = cut((tokenizer(text)["input_ids"] for text in lines), args.tokens, LENGTH)
     text = torch.tensor([piece for piece in pieces if len(piece) == LENGTH])
-    prompts = torch.tensor(held_out_prompts(args.prompts, PROMPT))
+    prompts = torch.tensor(held_out_ids(args.prompts, PROMPT))
     newest = torch.arange(PROMPT, PROMPT + NEW)
     written = [model.write(prompts, NEW + DRAFTS + 1) for model in (target, drafter)]
     rows = [Rows(drafter, ids[:, : PROMPT + NEW], newest) for ids in written]

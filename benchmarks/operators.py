@@ -150,7 +150,7 @@ def main() -> None:
         sys.exit(f"no native operators to measure: {ops.WHY_NOT_NATIVE}")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    result = surroundings(" ".join(["python", *sys.argv])) | {"rows": measure(arguments.repetitions)}
+    result = surroundings() | {"rows": measure(arguments.repetitions)}
     print("operator             | shape        | dtype    | tokens | layers | native us | reference us | speedup")
     for row in result["rows"]:
         print(

@@ -10,7 +10,6 @@ precise pass confirms. JSON last; --json FILE keeps it.
 import argparse
 import json
 import sys
-import sysconfig
 from pathlib import Path
 from statistics import median
 
@@ -20,6 +19,9 @@ from vllm_easyspec.bench.report import surroundings
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIR = ROOT / "examples" / "tiny-pair"
+sys.path.insert(0, str(PAIR))
+from held_out import held_out_ids  # noqa: E402
+
 DRAFTS = 5
 PLANS = {
     "precise": dict(scope="attention", group_sizes=[1] * 10),
@@ -27,20 +29,6 @@ PLANS = {
     "block 1-4-4-1": dict(scope="block", group_sizes=[1, 4, 4, 1]),
     "block 1-8-1": dict(scope="block", group_sizes=[1, 8, 1]),
 }
-
-
-def held_out_prompts(count: int, tokens: int) -> list[list[int]]:
-    """`count` prompts of `tokens` tokens, spread over the held-out files."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(PAIR / "target")
-    files = json.loads((PAIR / "report.json").read_text())["held_out_files"]
-    library = Path(sysconfig.get_paths()["stdlib"])
-    prompts = []
-    for name in files:
-        ids = tokenizer((library / name).read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
-        prompts += [ids[start : start + tokens] for start in range(0, len(ids) - tokens, 6 * tokens)]
-    return prompts[:: max(1, len(prompts) // count)][:count]
 
 
 def plans(lookahead: Path | None) -> dict[str, dict]:
@@ -53,7 +41,7 @@ def plans(lookahead: Path | None) -> dict[str, dict]:
 
 
 def measure(ranks: int, args: argparse.Namespace) -> list[dict]:
-    prompts = [{"prompt_token_ids": ids} for ids in held_out_prompts(args.prompts, args.prompt_tokens)]
+    prompts = [{"prompt_token_ids": ids} for ids in held_out_ids(args.prompts, args.prompt_tokens)]
     config = dict(method="easyspec", model=str(PAIR / "drafter"), num_speculative_tokens=DRAFTS)
     if args.lookahead is not None:
         config["lookahead"] = str(args.lookahead)
@@ -122,7 +110,7 @@ def main() -> None:
         times = " | ".join(f"{r[key]:.2f}" for key in ("calibrate_ms", "step_ms", "verify_ms"))
         acceptance = f"{r['tokens_a_round']:.2f} | {r['mean_acceptance']:.3f} | {by_position}"
         print(f"| {r['ranks']} | {r['plan']} | {acceptance} | {times} |")
-    result = surroundings(" ".join(["benchmarks/rounds.py", *sys.argv[1:]])) | {
+    result = surroundings() | {
         "settings": {"num_speculative_tokens": DRAFTS, **vars(args)},
         "rows": rows,
     }

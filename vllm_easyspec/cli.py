@@ -13,13 +13,16 @@ from vllm_easyspec.versions import UnsupportedVllmError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, or 1 after an error of one line on standard error."""
+    """Run one command. Returns the exit code: 0, 1 after an error of one line on standard error, 130 after Ctrl-C."""
     args = _parser().parse_args(argv)
     try:
         args.run(args)
     except (BenchmarkError, ConfigError, UnsupportedVllmError) as error:
         print(f"vllm-easyspec {args.command}: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"vllm-easyspec {args.command}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -166,7 +169,7 @@ def _bench_draft_step(args: argparse.Namespace) -> None:
         mlp=args.mlp,
         repetitions=args.repetitions,
     )
-    report.write(args.json, report.surroundings(report.command_line()) | {"settings": _settings(args), "rows": rows})
+    report.write(args.json, report.surroundings() | {"settings": _settings(args), "rows": rows})
     if args.plot:
         plot.draft_step(rows, args.plot)
     header = ("scope", "plan", "ranks", "batch", "context", "step ms", "precise ms", "speedup", "floor ms")
@@ -197,7 +200,7 @@ def _bench_engine(args: argparse.Namespace) -> None:
     report.check_writable(args.json)
     plot.check(args.plot)
     config, workload, arguments = engine.prepare(args)
-    result = report.surroundings(report.command_line()) | {"settings": _settings(args)}
+    result = report.surroundings() | {"settings": _settings(args)}
 
     def keep(measured: dict) -> None:
         result.update(measured)
@@ -310,9 +313,11 @@ def _add_fit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 
 def _fit(args: argparse.Namespace) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm_easyspec.bench.report import check_writable, table
     from vllm_easyspec.support import read_drafter
     from vllm_easyspec.tune.fit import FitSettings, fit
 
+    check_writable(args.output)
     plan = LayerParallelConfig().plan(read_drafter(args.drafter, None).num_layers)
     settings = FitSettings(
         plans=tuple(map(tuple, args.plans)) if args.plans else (plan.group_sizes,),
@@ -326,15 +331,24 @@ def _fit(args: argparse.Namespace) -> None:
         dtype=args.dtype,
     )
     report = fit(args.drafter, args.text, args.output, args.ranks, settings)
-    print("layer | group start | R2 of the attention map | R2 of the MLP map (block scope)")
-    for name, r2 in report["r2"].items():
-        kind, start, layer = name.split(".")
-        if kind == "attention":
-            print(f"{layer:>5} | {start:>11} | {r2:23.2f} | {report['r2'][f'mlp.{start}.{layer}']:.2f}")
-    print("plan      | scope     | drafts confirmed by the precise pass: without maps | with")
-    for row in report["own_rate"]:
-        plan_name = "-".join(map(str, row["group_sizes"]))
-        print(f"{plan_name:9} | {row['scope']:9} | {row['without']:50.1%} | {row['with']:.1%}")
+    r2 = report["r2"]
+    pairs = [name.split(".")[1:] for name in r2 if name.startswith("attention.")]
+    print(
+        table(
+            ("layer", "group start", "R2 of the attention map", "R2 of the MLP map (block scope)"),
+            [(i, g, f"{r2[f'attention.{g}.{i}']:.2f}", f"{r2[f'mlp.{g}.{i}']:.2f}") for g, i in pairs],
+        )
+    )
+    print("\nDrafts that the drafter's own precise pass confirms:")
+    print(
+        table(
+            ("plan", "scope", "without maps", "with"),
+            [
+                ("-".join(map(str, row["group_sizes"])), row["scope"], f"{row['without']:.1%}", f"{row['with']:.1%}")
+                for row in report["own_rate"]
+            ],
+        )
+    )
     by_rank = ", ".join(f"{r2:.3f} at {rank}" for rank, r2 in report["r2_by_rank"].items())
     print(f"rank {report['rank']} (mean held-out R2 by rank: {by_rank})")
     print(f"wrote {args.output}, {args.output.stat().st_size:,} bytes")

@@ -14,18 +14,23 @@ PAIR = Path(__file__).resolve().parent
 STRIDE = 6  # of the held-out text every sixth piece is a prompt
 
 
-def held_out_prompts(count: int, tokens: int, offset: int = 0) -> list[str]:
-    """`count` prompts of about `tokens` tokens, spread over the files; offset 0 to 5: of others than another offset."""
+def held_out_ids(count: int, tokens: int, offset: int = 0) -> list[list[int]]:
+    """`count` prompts of `tokens` ids, spread over the files; offset 0 to 5: of others than another offset."""
     tokenizer = AutoTokenizer.from_pretrained(PAIR / "target")
     library = Path(sysconfig.get_paths()["stdlib"])
     prompts = []
     for name in json.loads((PAIR / "report.json").read_text())["held_out_files"]:
-        ids = tokenizer((library / name).read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]
+        text = (library / name).read_text(encoding="utf-8")
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         starts = range(offset * tokens, len(ids) - tokens, STRIDE * tokens)
-        prompts += [tokenizer.decode(ids[start : start + tokens]) for start in starts]
+        prompts += [ids[start : start + tokens] for start in starts]
     return prompts[:: max(1, len(prompts) // count)][:count]
+
+
+def held_out_prompts(count: int, tokens: int, offset: int = 0) -> list[str]:
+    """The same as text; read again, it may have some tokens more or less."""
+    tokenizer = AutoTokenizer.from_pretrained(PAIR / "target")
+    return [tokenizer.decode(ids) for ids in held_out_ids(count, tokens, offset)]
 
 
 def main() -> None:

@@ -1,6 +1,10 @@
 """`vllm-easyspec fit` on the tiny drafter in real ranks: few tokens, but the whole way from text to a file."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,6 +76,33 @@ def test_a_fit_that_fails_leaves_no_file(text, tmp_path):
     settings = FitSettings(plans=((1, 4, 4, 1),), tokens=BATCH * 64, length=4096, dtype="float32")
     with pytest.raises(RankError, match="4128"):
         fit(str(DRAFTER), [text] * 8, tmp_path / "maps.safetensors", 1, settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_leaves_no_file(text, tmp_path):
+    """Ctrl-C, which reaches the command and its ranks, in the middle of the text."""
+    arguments = ["fit", "--drafter", str(DRAFTER), "--text", *[str(text)] * 40, "-o", "maps.safetensors"]
+    arguments += ["--ranks", "2", "--tokens", "400000", "--length", "64", "--own", "0", "--dtype", "float32"]
+    run = subprocess.Popen(
+        [sys.executable, "-m", "vllm_easyspec.cli", *arguments],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        # A shell's background jobs, and what they start, ignore the signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        seen = b""
+        while b"fit:" not in seen or b" 1/" not in seen:  # the bar after a batch
+            seen += (piece := os.read(run.stderr.fileno(), 4096))
+            assert piece, seen[-3000:].decode()
+        os.killpg(run.pid, signal.SIGINT)
+        _, rest = run.communicate(timeout=60)  # until no process, ranks included, holds standard error open
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+    assert run.returncode == 130
+    assert b"vllm-easyspec fit: interrupted" in rest and b"Traceback" not in rest
     assert list(tmp_path.iterdir()) == []
 
 

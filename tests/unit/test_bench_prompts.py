@@ -65,7 +65,7 @@ def test_empty_file(jsonl):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(BenchmarkError, match="can't be read .*No such file.*Give a JSONL file"):
+    with pytest.raises(BenchmarkError, match="can't be read .*No such file.*Give a file of UTF-8 text"):
         read_prompts(tmp_path / "none.jsonl", str(TARGET))
 
 

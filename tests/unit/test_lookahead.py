@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from vllm import EngineArgs
 
 from vllm_easyspec import plugin
+from vllm_easyspec.bench import BenchmarkError
 from vllm_easyspec.cli import main
 from vllm_easyspec.config import OPTIONS_KEY, ConfigError, EasySpecConfig, RuntimeOptions
 from vllm_easyspec.drafter.architectures import DrafterShape
@@ -127,7 +128,7 @@ def test_texts_and_their_pieces(tmp_path):
 def test_a_line_that_is_no_text(tmp_path, line):
     path = tmp_path / "text.jsonl"
     path.write_text(f'"good"\n{line}\n')
-    with pytest.raises(ConfigError, match=r"text\.jsonl, line 2 is .*Allowed are"):
+    with pytest.raises(BenchmarkError, match=r"text\.jsonl, line 2 is .*Allowed are"):
         read_texts([path])
 
 
@@ -140,6 +141,8 @@ def test_too_little_text_and_a_missing_file(tmp_path, capsys):
     assert main(arguments) == 1
     assert "at least 32 are needed. Give more text" in capsys.readouterr().err
     assert not (tmp_path / "maps.safetensors").exists()
+    assert main([*arguments[:-1], str(tmp_path / "nowhere" / "maps.safetensors")]) == 1
+    assert "there is no folder" in capsys.readouterr().err
 
 
 # ---- the file ----

@@ -104,7 +104,7 @@ def test_flights_are_the_same_for_every_point_and_go_through_all_prompts():
 
 
 WRONG = {
-    "no folder for the result": (["-o", "nowhere/tuned.yaml"], "can't be written: 'nowhere' is not a folder"),
+    "no folder for the result": (["-o", "nowhere/tuned.yaml"], "can't be written: there is no folder nowhere"),
     "no prompts": (["--prompts", "nowhere.jsonl"], "--prompts nowhere.jsonl can't be read"),
     "batch sizes": (["--batch-sizes", "0,1"], r"batch_sizes=\[0, 1\] is not allowed"),
     "a baseline": (["--baselines", "eagle"], "'eagle' is none of untuned, draft_model, none"),

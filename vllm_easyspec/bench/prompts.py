@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,30 @@ def read_prompts(path: Path, model: str, limit: int | None = None) -> list[list[
 
     Raises `BenchmarkError` for a file or a line that can't be used.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BenchmarkError(f"--prompts {path} can't be read ({error}). Give a JSONL file") from error
-    entries = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    entries = list(json_lines(path, "--prompts", FORMS))
     if not entries:
         raise BenchmarkError(f"--prompts {path} holds no prompt. Write one a line: {FORMS}")
     tokenizer = _Tokenizer(model)
-    return [_ids(line, f"--prompts {path}, line {number}", tokenizer)[:limit] for number, line in entries]
+    return [_ids(entry, place, tokenizer)[:limit] for place, entry in entries]
+
+
+def read_text(path: Path, option: str) -> str:
+    """A file that `option` names. Raises `BenchmarkError`."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BenchmarkError(f"{option} {path} can't be read ({error}). Give a file of UTF-8 text") from error
+
+
+def json_lines(path: Path, option: str, forms: str) -> Iterator[tuple[str, Any]]:
+    """Where it stands and what it says, of every line that is not empty. forms: what errors tell of the allowed."""
+    for number, line in enumerate(read_text(path, option).splitlines(), 1):
+        if line.strip():
+            place = f"{option} {path}, line {number}"
+            try:
+                yield place, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise BenchmarkError(f"{place} is not JSON ({error.msg}). {forms}") from error
 
 
 def random_prompts(count: int, tokens: int, vocab_size: int) -> list[list[int]]:
@@ -32,11 +48,7 @@ def random_prompts(count: int, tokens: int, vocab_size: int) -> list[list[int]]:
     return [[rng.randrange(vocab_size) for _ in range(tokens)] for _ in range(count)]
 
 
-def _ids(line: str, place: str, tokenizer: "_Tokenizer") -> list[int]:
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise BenchmarkError(f"{place} is not JSON ({error.msg}). {FORMS}") from error
+def _ids(entry: Any, place: str, tokenizer: "_Tokenizer") -> list[int]:
     match entry:
         case {"prompt": [*ids]} if ids and all(type(token) is int for token in ids):
             return ids
@@ -44,7 +56,7 @@ def _ids(line: str, place: str, tokenizer: "_Tokenizer") -> list[int]:
             return tokenizer.text(text)
         case {"turns": [str(text), *_]} if text:
             return tokenizer.turn(text)
-    raise BenchmarkError(f"{place} is {line:.60}. {FORMS}")
+    raise BenchmarkError(f"{place} is {json.dumps(entry):.60}. {FORMS}")
 
 
 class _Tokenizer:

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -14,13 +15,14 @@ import torch
 
 from vllm_easyspec.bench import BenchmarkError
 
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("vllm-easyspec", "vllm", "torch", "triton", "transformers")
 
 
-def surroundings(command: str) -> dict:
+def surroundings() -> dict:
     """Command, commit, versions and hardware of this run."""
     return {
-        "command": command,
+        "command": _command(),
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "hardware": {
@@ -29,11 +31,6 @@ def surroundings(command: str) -> dict:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
     }
-
-
-def command_line() -> str:
-    """This run's, as typed."""
-    return " ".join(["vllm-easyspec", *sys.argv[1:]])
 
 
 def check_writable(path: Path | None) -> None:
@@ -67,15 +64,21 @@ def from_here(path: str) -> str:
     return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
 
 
+def _command() -> str:
+    """This run's, as a shell takes it: a script of the checkout by its path there, a command by its name."""
+    program = Path(sys.argv[0]).resolve()
+    script = program.suffix == ".py" and program.is_relative_to(ROOT)
+    return shlex.join([str(program.relative_to(ROOT)) if script else program.name, *sys.argv[1:]])
+
+
 def _commit() -> str | None:
     """The checkout's commit, with a + where it has changes; None where this is no checkout."""
-    root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
 
-    if not (root / ".git").exists():
+    if not (ROOT / ".git").exists():
         return None
     commit = git("rev-parse", "HEAD")
     return f"{commit}+" if git("status", "--porcelain", "--untracked-files=no") else commit

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_easyspec import plugin
 from vllm_easyspec.bench.prompts import read_prompts
-from vllm_easyspec.bench.report import surroundings
+from vllm_easyspec.bench.report import check_writable, surroundings
 from vllm_easyspec.config import ConfigError
 from vllm_easyspec.tune.planner import Point
 from vllm_easyspec.tune.report import html_report
@@ -24,9 +23,8 @@ def run(args: argparse.Namespace) -> str:
     """Tune, and write the files that `args` names; returns a summary. Raises `ConfigError` or `BenchmarkError`."""
     plugin.register()
     out = Path(args.out)
-    for path in filter(None, (out, args.report and Path(args.report), args.json and Path(args.json))):
-        if not path.parent.is_dir():
-            raise ConfigError(f"{str(path)!r} can't be written: {str(path.parent)!r} is not a folder")
+    for path in (out, args.report, args.json):
+        check_writable(path and Path(path))
     engine_args = _engine_args(args.model, args.tensor_parallel_size, args.engine_arguments)
     prompts = read_prompts(Path(args.prompts), engine_args.tokenizer or args.model, args.prompt_tokens)
     settings = Settings(
@@ -45,7 +43,7 @@ def run(args: argparse.Namespace) -> str:
         baselines=_baselines(args.baselines),
     )
     tuner = Tuner(engine_args, settings)
-    about = surroundings(" ".join(["vllm-easyspec", *sys.argv[1:]])) | {
+    about = surroundings() | {
         "target": args.model,
         "drafter": as_written(settings.config)["model"],
     }

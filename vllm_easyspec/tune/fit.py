@@ -21,6 +21,8 @@ from torch.distributed import all_gather_object
 from tqdm import tqdm
 from vllm.distributed import get_tp_group
 
+from vllm_easyspec.bench import BenchmarkError
+from vllm_easyspec.bench.prompts import json_lines, read_text
 from vllm_easyspec.config import ConfigError
 from vllm_easyspec.drafter.plan import SCOPES, LayerPlan, Scope
 from vllm_easyspec.lookahead import KINDS, PARTS, LookaheadMaps, drafter_identity, rms_scaled, write_maps
@@ -32,6 +34,7 @@ HELD_OUT = 4  # of them, the last ones, judge the fit and take no part in it
 SHORTEST = 16  # tokens of text that a sequence begins with
 # What a lower rank may lose of the held-out R2. On the tiny pair half the rank lost 0.02, and 0.2 points of own rate.
 NEARLY_BEST = 0.025
+TEXT_FORMS = 'Allowed are "...", {"text": "..."} and {"prompt": "..."}'
 
 Pair = tuple[int, int]  # group start, later layer
 
@@ -60,27 +63,17 @@ def read_texts(paths: Sequence[Path]) -> list[str]:
     """Each plain file is a text; of a JSONL file each line, `"..."`, `{"text": ...}` or `{"prompt": ...}`, is one."""
     texts = []
     for path in paths:
-        try:
-            content = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--text {path} can't be read: {error}. Give files of UTF-8 text") from error
-        if path.suffix != ".jsonl":
-            texts.append(content)
-            continue
-        for number, line in enumerate(content.splitlines(), 1):
-            texts += [_text_of(line, f"--text {path}, line {number}")] if line.strip() else []
+        if path.suffix == ".jsonl":
+            texts += [_text_of(entry, place) for place, entry in json_lines(path, "--text", TEXT_FORMS)]
+        else:
+            texts.append(read_text(path, "--text"))
     return texts
 
 
-def _text_of(line: str, place: str) -> str:
-    allowed = 'Allowed are "...", {"text": "..."} and {"prompt": "..."}'
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{place} is not JSON: {error.msg}. {allowed}") from error
+def _text_of(entry: Any, place: str) -> str:
     text = entry.get("text", entry.get("prompt")) if isinstance(entry, dict) else entry
     if not isinstance(text, str):
-        raise ConfigError(f"{place} is {line:.60}. {allowed}")
+        raise BenchmarkError(f"{place} is {json.dumps(entry):.60}. {TEXT_FORMS}")
     return text
 
 
@@ -435,7 +428,10 @@ def _gathered(mine: dict) -> dict:
 
 
 def fit(drafter: str, texts: Sequence[Path], output: Path, ranks: int, settings: FitSettings) -> dict[str, Any]:
-    """Fit maps and write them to `output`, whole or not at all. Returns the report. Raises `ConfigError`."""
+    """Fit maps and write them to `output`, whole or not at all. Returns the report.
+
+    Raises `ConfigError` or `BenchmarkError` for what can't be used.
+    """
     layers = read_drafter(drafter, revision=None).num_layers
     for sizes in settings.plans:
         try:

@@ -1,4 +1,4 @@
-"""Scatter plots and stacked bars as inline SVG."""
+"""Scatter plots and stacked bars as inline SVG, whose marks tell what they are under the pointer."""
 
 import math
 from collections.abc import Sequence
