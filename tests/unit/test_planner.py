@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 from tiny_models import easyspec
@@ -159,3 +160,28 @@ def test_findings_predict_one_plan_up_to_k_1_and_prefer_what_was_confirmed():
     stages = found.rates(4)
     found.by_wall = True
     assert found.rates(4) == {point: pytest.approx(0.7 * rate) for point, rate in stages.items()}
+
+
+def test_neighbours_of_the_fastest_until_it_is_the_top():
+    found = findings()
+    best = max((p for p in found.rates(4)), key=found.rates(4).get)
+    assert best == Point(PLANS[4], 3)
+    assert found.neighbours(4) == [best, Point(PLANS[4], 2), Point(PLANS[4], 4)]
+    for point, faster in ((Point(PLANS[4], 4), 1.1), (Point(PLANS[4], 2), 0.9), (Point(PLANS[4], 5), 1.0)):
+        seen = found.confirmed[4][best]
+        found.confirmed[4][point] = replace(seen, stage_rate=faster * seen.stage_rate)
+    assert found.neighbours(4) == [], "K = 4 beats 3 and 5"
+    del found.confirmed[4][Point(PLANS[4], 5)]
+    assert found.neighbours(4) == [Point(PLANS[4], 4), Point(PLANS[4], 5)]
+
+
+def test_neighbours_at_the_ends():
+    found = findings()
+    seen = found.confirmed[1].popitem()[1]
+    for k, beside in ((2, [1, 3]), (8, [7])):
+        found.confirmed[1] = {Point(PLANS[4], k): seen}
+        assert found.neighbours(1)[1:] == [Point(PLANS[1] if j == 1 else PLANS[4], j) for j in beside]
+    found.confirmed[1] = {Point(PLANS[1], 0): seen}
+    assert found.neighbours(1) == [], "K = 0 is the fastest"
+    found.confirmed.clear()
+    assert found.neighbours(1) == [], "nothing was confirmed"

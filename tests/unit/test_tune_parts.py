@@ -34,13 +34,13 @@ def test_without_a_budget_all_is_done():
 
 
 def test_the_budget_is_shared_out():
-    """Shares of 92 percent: score 7, acceptance 20, times 20, confirm 20, compare 25."""
+    """Shares of 92 percent: score 7, acceptance 20, times 20, confirm 15, climb 10, compare 20."""
     progress = Clock(1000.0)
     progress.seconds = 80.0  # the engine has started; 920 seconds are left
     assert run(progress, "score", 10, 1.0) == 10  # leaves 60 of its 70 seconds to the others
     assert run(progress, "acceptance", 10, 50.0) == 4  # 910 * 20 / 85 = 214 seconds
     assert run(progress, "times", 3, 400.0) == 1, "at least one"
-    assert run(progress, "confirm", 3, 100.0, minimum=0, first_takes=200.0) == 0, "310 * 20 / 45 seconds"
+    assert run(progress, "confirm", 3, 100.0, minimum=0, first_takes=200.0) == 0, "310 * 15 / 45 seconds"
     assert run(progress, "compare", 3, 100.0, minimum=0, first_takes=150.0) == 3
     assert progress.seconds <= 1000.0
     assert progress.unfinished == [
@@ -52,7 +52,7 @@ def test_the_budget_is_shared_out():
 
 def test_the_bar_ends_at_its_end():
     progress = Clock(None)
-    for phase in ("score", "acceptance", "times", "confirm", "compare"):
+    for phase in ("score", "acceptance", "times", "confirm", "climb", "compare"):
         run(progress, phase, 3, 1.0)
         assert progress.bar.desc == phase
     assert progress.bar.n == pytest.approx(progress.bar.total)

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 # What each phase may take of the time, in percent. A phase that is done sooner leaves its rest to those after it.
-SHARES = {"start": 8, "score": 7, "acceptance": 20, "times": 20, "confirm": 20, "compare": 25}
+SHARES = {"start": 8, "score": 7, "acceptance": 20, "times": 20, "confirm": 15, "climb": 10, "compare": 20}
 
 
 class Progress:

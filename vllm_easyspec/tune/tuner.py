@@ -5,9 +5,11 @@
 2. *acceptance*: the most promising plans answer all prompts at the largest K; acceptance by position says what any
    smaller K would yield.
 3. *times*: requests in flight, plans and K taking turns: calibrate, fuzzy step and verify at each batch size.
-4. *confirm*: the points that 2 and 3 predict to be fastest, the untuned configuration and K = 0 draft for the same
-   prompts in turn, each at its own K. The fastest is chosen for each batch size.
-5. *compare*: the tuned configuration as it is served, the untuned one, vLLM's `draft_model` and no speculation, each in
+4. *confirm*: the plans that 2 and 3 predict to be fastest, each at its best K, the untuned configuration and K = 0
+   draft for the same prompts in turn, each at its own K.
+5. *climb*: from the fastest of these to one draft more or less, as long as that is faster still. The fastest of all is
+   chosen for each batch size.
+6. *compare*: the tuned configuration as it is served, the untuned one, vLLM's `draft_model` and no speculation, each in
    an engine of its own.
 
 What was measured when time runs out, or when the user interrupts, is used as it is.
@@ -15,6 +17,7 @@ What was measured when time runs out, or when the user interrupts, is used as it
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,7 +46,8 @@ from vllm_easyspec.tune.planner import (
 from vllm_easyspec.tune.progress import Progress
 
 SCORED_PROMPTS, SCORED_TOKENS = 8, 128
-CONFIRMED = 3  # points of each batch size, beside the untuned one and K = 0
+CONFIRMED = 3  # plans at each batch size, beside the untuned one and K = 0
+CLIMBS = 3  # steps of K at each batch size
 TOLERANCE = 0.02  # of a rate: so much is noise
 BASELINES = ("untuned", "draft_model", "none")
 
@@ -103,6 +107,22 @@ class Findings:
         seen = self.confirmed[batch_size]
         return {point: one.wall_rate if self.by_wall else one.stage_rate for point, one in seen.items()}
 
+    def neighbours(self, batch_size: int) -> list[Point]:
+        """The fastest confirmed point and, of its plan, one draft more and one less, so far as they aren't confirmed.
+
+        Empty where there is nothing left to try, or nothing to climb from: no point confirmed, or K = 0 the fastest.
+        """
+        seen = self.confirmed.get(batch_size, {})
+        rates = self.rates(batch_size)
+        best = max(rates, key=lambda point: rates[point])
+        most = max(len(acceptance) for acceptance in self.acceptance.values())
+        plans = {1: self.untuned[batch_size].plan}  # as `predicted` has it
+        beside = [
+            Point(plans.get(k, best.plan), k) for k in (best.num_drafts - 1, best.num_drafts + 1) if 0 < k <= most
+        ]
+        unseen = [point for point in beside if point not in seen]
+        return [best, *unseen] if seen and best.num_drafts and unseen else []
+
     def chosen(self) -> dict[int, Point]:
         return choose({size: self.rates(size) for size in self.times}, TOLERANCE)
 
@@ -130,13 +150,14 @@ class Tuner:
         largest = max(settings.batch_sizes)
         self.flights = Flights(settings.prompts, largest, self.most_drafts, 2 * settings.rounds, settings.temperature)
         self.engine_args = changed(engine_args, max_num_seqs=largest, disable_log_stats=True, use_tqdm_on_load=False)
+        self.observed: dict[tuple[int, Point], list[Observation]] = defaultdict(list)  # in flight, by batch size
         self.progress = Progress(settings.time_budget)
         self.found.unfinished = self.progress.unfinished
 
     # ---- the phases ----
 
     def tune(self) -> Findings:
-        """Phases 1 to 4. Ends early where time runs out or the user interrupts; `Findings.unfinished` says where."""
+        """Phases 1 to 5. Ends early where time runs out or the user interrupts; `Findings.unfinished` says where."""
         config = load(self.settings.config) | {"num_speculative_tokens": self.most_drafts}
         try:
             with running(TunedEngine(changed(self.engine_args, speculative_config=config))) as engine:
@@ -145,6 +166,7 @@ class Tuner:
                 self._measure_acceptance(engine, self._search(engine))
                 self._measure_times(engine)
                 self._confirm(engine)
+                self._climb(engine)
         except KeyboardInterrupt:
             self.progress.interrupt()
         if not self.found.times:
@@ -152,7 +174,7 @@ class Tuner:
         return self.found
 
     def compare(self, tuned: Path) -> None:
-        """Phase 5, with the tuned configuration in the file `tuned`."""
+        """Phase 6, with the tuned configuration in the file `tuned`."""
         speculative: dict[str, Any] = {
             "tuned": load(tuned),
             "untuned": load(self.settings.config),
@@ -240,24 +262,37 @@ class Tuner:
 
     def _confirm(self, engine: TunedEngine) -> None:
         points = self._worth_confirming()
-        seen: dict[tuple[int, Point], list[Observation]] = defaultdict(list)
         turns = [(turn, size) for turn in range(self.settings.turns) for size in self.found.times]
         for turn, size in self.progress.within("confirm", turns):
-            for point, observed in self.flights.compare(engine, size, points[size], turn):
-                seen[size, point].append(observed)
-            self.found.confirmed[size] = {point: confirmed(size, seen[size, point]) for point in points[size]}
+            self._fly(engine, size, points[size], turn)
 
     def _worth_confirming(self) -> dict[int, list[Point]]:
-        """By batch size: the points predicted to be fastest, the smaller size's best, the untuned one and K = 0."""
+        """By batch size: plans predicted to be fastest, the smaller size's best, the untuned one and K = 0."""
         points: dict[int, list[Point]] = {}
-        neighbours: list[Point] = []
+        smaller: list[Point] = []
         for size in self.found.times:
             rates = self.found.predicted(size)
-            fastest = sorted((p for p in rates if p.num_drafts), key=lambda point: rates[point], reverse=True)
+            fastest: dict[ScopedPlan, Point] = {}  # each plan's best K
+            for point in sorted((p for p in rates if p.num_drafts), key=lambda point: rates[point], reverse=True):
+                fastest.setdefault(point.plan, point)
+            best = list(fastest.values())[:CONFIRMED]
             untuned = self.found.untuned[size]
-            points[size] = list(dict.fromkeys([*fastest[:CONFIRMED], *neighbours, untuned, Point(untuned.plan, 0)]))
-            neighbours = fastest[:1]
+            points[size] = list(dict.fromkeys([*best, *smaller, untuned, Point(untuned.plan, 0)]))
+            smaller = best[:1]
         return points
+
+    def _climb(self, engine: TunedEngine) -> None:
+        """The fastest point flies again with its neighbours, so that what drifts meets all alike."""
+        for _, size in self.progress.within("climb", list(product(range(CLIMBS), self.found.confirmed)), minimum=0):
+            if points := self.found.neighbours(size):
+                for turn in range(self.settings.turns):
+                    self._fly(engine, size, points, turn)
+
+    def _fly(self, engine: TunedEngine, size: int, points: list[Point], turn: int) -> None:
+        for point, observed in self.flights.compare(engine, size, points, turn):
+            self.observed[size, point].append(observed)
+        confirmed_so_far = self.found.confirmed.setdefault(size, {})
+        confirmed_so_far.update({point: confirmed(size, self.observed[size, point]) for point in points})
 
     def _run_arm(self, name: str, speculative_config: dict[str, Any] | None) -> None:
         """Tokens a second at each batch size of an engine of its own."""
