@@ -117,10 +117,8 @@ class Findings:
         best = max(rates, key=lambda point: rates[point])
         most = max(len(acceptance) for acceptance in self.acceptance.values())
         plans = {1: self.untuned[batch_size].plan}  # as `predicted` has it
-        beside = [
-            Point(plans.get(k, best.plan), k) for k in (best.num_drafts - 1, best.num_drafts + 1) if 0 < k <= most
-        ]
-        unseen = [point for point in beside if point not in seen]
+        drafts = [k for k in (best.num_drafts - 1, best.num_drafts + 1) if 0 < k <= most]
+        unseen = [point for point in (Point(plans.get(k, best.plan), k) for k in drafts) if point not in seen]
         return [best, *unseen] if seen and best.num_drafts and unseen else []
 
     def chosen(self) -> dict[int, Point]:
