@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -408,32 +409,36 @@ Tensor look_ahead(const Tensor& x,
                   const Tensor& down,
                   const Tensor& up,
                   const Tensor& bias,
-                  int64_t layers,
+                  int64_t count,
+                  bool first,
                   double eps) {
   const bool one_input = x.dim() == 2;
-  STD_TORCH_CHECK((one_input || (x.dim() == 3 && x.size(0) == layers)) && h.dim() == 2 && down.dim() == 3,
+  STD_TORCH_CHECK((one_input || (x.dim() == 3 && x.size(0) == count)) && h.dim() == 2 && down.dim() == 3,
                   "x, h or down has the wrong number of dimensions, or x another number of layers");
   const int64_t tokens = h.size(0), hidden = h.size(1), inputs = down.size(1), rank = down.size(2);
-  const ScalarType dtype = x.scalar_type();
+  const int64_t layers = count - first;
+  const ScalarType dtype = x.scalar_type(), maps_dtype = down.scalar_type();
   STD_TORCH_CHECK(inputs == (one_input ? 2 : 3) * hidden, "down does not fit the features");
-  check_contiguous(x, "x", dtype, (one_input ? 1 : layers) * tokens * hidden);
+  check_contiguous(x, "x", dtype, (one_input ? 1 : count) * tokens * hidden);
   check_contiguous(h, "h", dtype, tokens * hidden);
   check_contiguous(previous, "previous", dtype, tokens * hidden);
-  check_stacked(down, "down", dtype, 0, layers, inputs * rank);
-  check_stacked(up, "up", dtype, 0, layers, rank * hidden);
-  check_stacked(bias, "bias", dtype, 0, layers, hidden);
-  Tensor out = torch::stable::new_empty(x, {layers, tokens, hidden});
+  check_stacked(down, "down", maps_dtype, 0, layers, inputs * rank);
+  check_stacked(up, "up", maps_dtype, 0, layers, rank * hidden);
+  check_stacked(bias, "bias", maps_dtype, 0, layers, hidden);
+  Tensor out = torch::stable::new_empty(x, {count, tokens, hidden});
+  const int64_t bytes = tokens * hidden * x.element_size(), skipped = first ? bytes : 0;
+  if (first) std::memcpy(out.data_ptr(), x.data_ptr(), bytes);
   const int64_t rows = (one_input ? 1 : layers) * tokens;
   float* memory = scratch(rows * inputs + layers * tokens * rank);
   const LookAhead args{
-      .x = x.data_ptr(),
+      .x = static_cast<const char*>(x.data_ptr()) + (one_input ? 0 : skipped),
       .layer_step = one_input ? 0 : tokens * hidden,
       .h = h.data_ptr(),
       .previous = previous.data_ptr(),
       .down = down.data_ptr(),
       .up = up.data_ptr(),
       .bias = bias.data_ptr(),
-      .out = out.data_ptr(),
+      .out = static_cast<char*>(out.data_ptr()) + skipped,
       .features = memory,
       .thin = memory + rows * inputs,
       .layers = layers,
@@ -443,6 +448,7 @@ Tensor look_ahead(const Tensor& x,
       .rank = rank,
       .eps = static_cast<float>(eps),
       .dtype = dtype_of(x, "x"),
+      .maps_dtype = dtype_of(down, "down"),
   };
   run_phase(features_phase, args, rows, inputs);
   run_phase(thin_phase, args, layers * num_tiles(rank), tokens * inputs * kTile);

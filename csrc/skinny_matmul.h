@@ -128,12 +128,12 @@ EASYSPEC_BODY void by_columns(int64_t first, int64_t columns, F f) {
 inline int64_t num_tiles(int64_t columns) { return (columns + kTile - 1) / kTile; }
 
 // One task's columns of `out` = x times w (+ bias) (+ residual).
-template <class X, class T, class Out>
+template <class X, class T, class Residual, class Out>
 EASYSPEC_BODY void matmul_tile(const X* x,
                                int64_t x_stride,
                                const T* w,
                                const T* bias,
-                               const T* residual,
+                               const Residual* residual,
                                Out* out,
                                int64_t rows,
                                int64_t inner,

@@ -175,16 +175,16 @@ void features_phase(const LookAhead& a, int64_t begin, int64_t end) {
 }
 
 void thin_phase(const LookAhead& a, int64_t begin, int64_t end) {
-  with_type(a.dtype, [&](auto type) {
-    using T = decltype(type);
+  with_type(a.maps_dtype, [&](auto type) {
+    using M = decltype(type);
     const int64_t tiles = num_tiles(a.rank);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t layer = task / tiles;
       matmul_tile(a.features + (a.layer_step ? layer * a.tokens * a.inputs : 0),
                   a.inputs,
-                  static_cast<const T*>(a.down) + layer * a.inputs * a.rank,
-                  static_cast<const T*>(nullptr),
-                  static_cast<const T*>(nullptr),
+                  static_cast<const M*>(a.down) + layer * a.inputs * a.rank,
+                  static_cast<const M*>(nullptr),
+                  static_cast<const M*>(nullptr),
                   a.thin + layer * a.tokens * a.rank,
                   a.tokens,
                   a.inputs,
@@ -197,20 +197,23 @@ void thin_phase(const LookAhead& a, int64_t begin, int64_t end) {
 void up_phase(const LookAhead& a, int64_t begin, int64_t end) {
   with_type(a.dtype, [&](auto type) {
     using T = decltype(type);
-    const int64_t tiles = num_tiles(a.hidden);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t layer = task / tiles;
-      matmul_tile(a.thin + layer * a.tokens * a.rank,
-                  a.rank,
-                  static_cast<const T*>(a.up) + layer * a.rank * a.hidden,
-                  static_cast<const T*>(a.bias) + layer * a.hidden,
-                  static_cast<const T*>(a.x) + layer * a.layer_step,
-                  static_cast<T*>(a.out) + layer * a.tokens * a.hidden,
-                  a.tokens,
-                  a.rank,
-                  a.hidden,
-                  task % tiles);
-    }
+    with_type(a.maps_dtype, [&](auto maps_type) {
+      using M = decltype(maps_type);
+      const int64_t tiles = num_tiles(a.hidden);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t layer = task / tiles;
+        matmul_tile(a.thin + layer * a.tokens * a.rank,
+                    a.rank,
+                    static_cast<const M*>(a.up) + layer * a.rank * a.hidden,
+                    static_cast<const M*>(a.bias) + layer * a.hidden,
+                    static_cast<const T*>(a.x) + layer * a.layer_step,
+                    static_cast<T*>(a.out) + layer * a.tokens * a.hidden,
+                    a.tokens,
+                    a.rank,
+                    a.hidden,
+                    task % tiles);
+      }
+    });
   });
 }
 

@@ -87,9 +87,9 @@ struct LookAhead {
   int64_t layer_step;    // elements from a layer's x to the next one's, 0 for one x
   const void* h;         // [tokens, hidden]
   const void* previous;  // [tokens, hidden]
-  const void* down;      // [layers, inputs, rank]
-  const void* up;        // [layers, rank, hidden]
-  const void* bias;      // [layers, hidden]
+  const void* down;      // [layers, inputs, rank] maps_dtype
+  const void* up;        // [layers, rank, hidden] maps_dtype
+  const void* bias;      // [layers, hidden] maps_dtype
   void* out;             // [layers, tokens, hidden]
   float* features;       // [layers or 1, tokens, inputs]
   float* thin;           // [layers, tokens, rank]
@@ -100,6 +100,7 @@ struct LookAhead {
   int64_t rank;
   float eps;
   DType dtype;
+  DType maps_dtype;
 };
 
 void features_phase(const LookAhead& args, int64_t begin, int64_t end);  // layers x tokens, or tokens

@@ -27,7 +27,7 @@ from vllm_easyspec.config import ConfigError
 from vllm_easyspec.drafter.architectures import DrafterShape
 from vllm_easyspec.drafter.placement import LayerPlacement
 from vllm_easyspec.drafter.plan import LayerPlan
-from vllm_easyspec.ops import look_ahead
+from vllm_easyspec.ops import WHY_NOT_NATIVE, look_ahead
 
 FORMAT = "vllm_easyspec look-ahead maps, 1"
 KINDS = {"attention": 2, "mlp": 3}  # how many vectors of the hidden size a map reads
@@ -198,17 +198,22 @@ class LookaheadMaps(nn.Module):
         rank: int,
         like: torch.Tensor,
     ):
-        """tensors: as in a file; like: of the drafter's device and dtype."""
+        """tensors: as in a file; like: of the drafter's device and dtype.
+
+        The native operator reads the maps as the file has them: in float32 they would be twice as much to read.
+        """
         super().__init__()
         self.reach = dict(reach)
         self.own_layers = placement.layers_of(rank)
+        dtype = None if like.device.type == "cpu" and WHY_NOT_NATIVE is None else like.dtype
         self.attention: dict[int, _StackedMaps] = {}
         self.mlp: dict[int, _StackedMaps] = {}
         for start, last in reach.items():
             later = range(start + 1, last + 1)
             own = [layer - later.start for layer in self.own_layers if layer in later]
             for kind, maps, kept in (("attention", self.attention, own), ("mlp", self.mlp, list(range(len(later))))):
-                maps[start] = _StackedMaps(*(tensors[f"{kind}.{start}.{part}"][kept].to(like) for part in PARTS))
+                parts = (tensors[f"{kind}.{start}.{part}"][kept] for part in PARTS)
+                maps[start] = _StackedMaps(*(part.to(like.device, dtype or part.dtype) for part in parts))
                 self.add_module(f"{kind}_{start}", maps[start])
 
     @classmethod
@@ -234,17 +239,16 @@ class GroupLookahead:
 
     def attention_inputs(self, layers: int) -> torch.Tensor:
         """What this rank's `layers` attentions of the group read, `[layers, tokens, hidden]`."""
-        h = self.h.unsqueeze(0)
-        if not self.owns_first:
-            return self._corrected(self.attention, self.h, layers)
-        return h if layers == 1 else torch.cat([h, self._corrected(self.attention, self.h, layers - 1)])
+        if self.owns_first and layers == 1:
+            return self.h.unsqueeze(0)
+        return self._corrected(self.attention, self.h, layers, self.owns_first)
 
     def mlp_inputs(self, prefixes: torch.Tensor) -> torch.Tensor:
         """What the group's MLPs read in block scope; prefixes and result `[group, tokens, hidden]`."""
-        return torch.cat([prefixes[:1], self._corrected(self.mlp, prefixes[1:], prefixes.shape[0] - 1)])
+        return self._corrected(self.mlp, prefixes, prefixes.shape[0], True)
 
-    def _corrected(self, maps: _StackedMaps, x: torch.Tensor, layers: int) -> torch.Tensor:
-        return look_ahead(x, self.h, self.previous, maps.down, maps.up, maps.bias, layers, EPS)
+    def _corrected(self, maps: _StackedMaps, x: torch.Tensor, layers: int, first: bool) -> torch.Tensor:
+        return look_ahead(x, self.h, self.previous, maps.down, maps.up, maps.bias, layers, first, EPS)
 
 
 def rms_scaled(x: torch.Tensor) -> torch.Tensor:

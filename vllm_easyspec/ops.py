@@ -280,9 +280,9 @@ def sum_of_mlps(
 
 
 @_operator(
-    "look_ahead(Tensor x, Tensor h, Tensor previous, Tensor down, Tensor up, Tensor bias, int count, float eps) "
-    "-> Tensor",
-    fake=lambda x, h, previous, down, up, bias, count, eps: h.new_empty(count, *h.shape),
+    "look_ahead(Tensor x, Tensor h, Tensor previous, Tensor down, Tensor up, Tensor bias, int count, bool first, "
+    "float eps) -> Tensor",
+    fake=lambda x, h, previous, down, up, bias, count, first, eps: h.new_empty(count, *h.shape),
     of_few_tokens=True,
 )
 def look_ahead(
@@ -293,20 +293,25 @@ def look_ahead(
     up: torch.Tensor,
     bias: torch.Tensor,
     count: int,
+    first: bool,
     eps: float,
 ) -> torch.Tensor:
     """What `count` layers of a group read in place of x: `x + features @ down @ up + bias`, `[count, tokens, hidden]`.
 
     h, previous: `[tokens, hidden]`; x: `[tokens, hidden]`, with features `[h / rms(h), previous]`, or `[count, tokens,
     hidden]`, with `x / rms(x)` after them; down: `[layers, features, rank]`; up: `[layers, rank, hidden]`; bias:
-    `[layers, hidden]`.
+    `[layers, hidden]`, these three of one dtype, x's or another. first: the group's first layer, which reads x as it
+    is and has no map, is among the `count`.
     """
-    features = torch.cat([F.rms_norm(h, h.shape[-1:], None, eps), previous], dim=-1)
-    if x.dim() == 3:
-        own = F.rms_norm(x, x.shape[-1:], None, eps)
-        features = torch.cat([features.expand(count, -1, -1), own], dim=-1)
-    thin = torch.matmul(features, down[:count])
-    return torch.baddbmm(x + bias[:count].unsqueeze(1), thin, up[:count])
+    maps = slice(count - first)
+    x = x.expand(count, -1, -1) if x.dim() == 2 else x
+    later = x[int(first) :]
+    features = [F.rms_norm(h, h.shape[-1:], None, eps), previous]
+    if down.shape[1] > 2 * h.shape[-1]:
+        features = [*(part.expand_as(later) for part in features), F.rms_norm(later, later.shape[-1:], None, eps)]
+    thin = torch.matmul(torch.cat(features, dim=-1), down[maps].to(x.dtype))
+    read = torch.baddbmm(later + bias[maps].to(x.dtype).unsqueeze(1), thin, up[maps].to(x.dtype))
+    return torch.cat([x[:1], read]) if first else read
 
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:

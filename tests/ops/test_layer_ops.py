@@ -238,17 +238,21 @@ def test_gates_far_from_zero_saturate():
         check_as_exact(OPERATORS.sum_of_mlps.default, arguments)
 
 
-def look_ahead_arguments(dtype, layers=3, tokens=5, hidden=96, rank=40, own=True):
+def look_ahead_arguments(
+    dtype, layers=3, tokens=5, hidden=96, rank=40, own=True, first=False, maps_dtype: torch.dtype | None = None
+):
     """The first `layers` of 5."""
+    maps_dtype = maps_dtype or dtype
     inputs = (3 if own else 2) * hidden
     return (
         randn(*((layers,) if own else ()), tokens, hidden, dtype=dtype, scale=3),
         randn(tokens, hidden, dtype=dtype, scale=3),
         randn(tokens, hidden, dtype=dtype),
-        randn(5, inputs, rank, dtype=dtype, scale=inputs**-0.5),
-        randn(5, rank, hidden, dtype=dtype, scale=rank**-0.5),
-        randn(5, hidden, dtype=dtype),
+        randn(5, inputs, rank, dtype=maps_dtype, scale=inputs**-0.5),
+        randn(5, rank, hidden, dtype=maps_dtype, scale=rank**-0.5),
+        randn(5, hidden, dtype=maps_dtype),
         layers,
+        first,
         1e-6,
     )
 
@@ -261,6 +265,16 @@ def test_look_ahead(dtype, tokens, rank, own):
     check_as_exact(
         OPERATORS.look_ahead.default, look_ahead_arguments(dtype, layers=4, tokens=tokens, rank=rank, own=own)
     )
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("maps_dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("own", [True, False])
+def test_look_ahead_with_the_first_layer_and_maps_of_another_dtype(dtype, maps_dtype, own):
+    arguments = look_ahead_arguments(dtype, layers=5, own=own, first=True, maps_dtype=maps_dtype)
+    check_as_exact(OPERATORS.look_ahead.default, arguments)
+    x = arguments[0]
+    assert OPERATORS.look_ahead.default(*arguments)[0].equal(x[0] if own else x), "the first layer reads x itself"
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
@@ -294,7 +308,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
         ("project_among_zeros", among_zeros_arguments(F32)),
         ("sum_of_mlps", mlp_arguments(F32)),
         ("look_ahead", look_ahead_arguments(F32)),
-        ("look_ahead", look_ahead_arguments(F32, own=False)),
+        ("look_ahead", look_ahead_arguments(F32, own=False, first=True)),
     ],
 )
 def test_schema_and_fake(operator, arguments):
