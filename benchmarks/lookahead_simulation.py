@@ -159,11 +159,12 @@ class Rows:
         variant: Variant,
         maps: Maps,
         ids: Callable[[int, torch.Tensor], torch.Tensor],
+        count: int = DRAFTS,
     ) -> Iterator[tuple[States, torch.Tensor]]:
-        """K - 1 fuzzy steps; `ids` gives a step's tokens from the state before. Yields states and features `f`."""
+        """count - 1 fuzzy steps; `ids` gives a step's tokens from the state before. Yields states and features `f`."""
         own: list[list] = [[] for _ in range(self.model.layers)]
         x = self.states.inputs[-1][:, self.newest]
-        for step in range(DRAFTS - 1):
+        for step in range(count - 1):
             f = self.model.final(x)
             x, states = self._step(ids(step, x), plan, scope, variant, maps, f, step, own)
             yield states, f
@@ -191,15 +192,17 @@ class Rows:
         states.inputs.append(x)
         return x, states
 
-    def drafts(self, plan: LayerPlan, scope: str, variant: Variant, maps: Maps) -> tuple[torch.Tensor, list]:
-        """`[sequences, rows, K]`, and each step's states and features."""
+    def drafts(
+        self, plan: LayerPlan, scope: str, variant: Variant, maps: Maps, count: int = DRAFTS
+    ) -> tuple[torch.Tensor, list]:
+        """`[sequences, rows, count]`, and each step's states and features."""
         tokens: list[torch.Tensor] = []
 
         def ids(step: int, x: torch.Tensor) -> torch.Tensor:
             tokens.append(self.model.next(x))
             return tokens[-1]
 
-        seen = list(self.steps(plan, scope, variant, maps, ids))
+        seen = list(self.steps(plan, scope, variant, maps, ids, count))
         return torch.stack([*tokens, self.model.next(seen[-1][0].inputs[-1])], dim=-1), seen
 
 

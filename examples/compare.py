@@ -22,7 +22,7 @@ from vllm_easyspec.tune.tuner import configured
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIR = ROOT / "examples" / "tiny-pair"
-ROUNDS = 16  # of a flight
+TOKENS = 64  # that each request writes
 
 
 def compare(model: Path, untuned: Path, tuned: Path, ranks: int, sizes: list[int], turns: int) -> None:
@@ -49,7 +49,7 @@ def compare(model: Path, untuned: Path, tuned: Path, ranks: int, sizes: list[int
         tokenizer = engine.llm.get_tokenizer()
         texts = held_out_prompts(48, 64, offset=3)
         prompts = [{"prompt_token_ids": tokenizer.encode(text)} for text in texts]
-        flights = Flights(prompts, max(sizes), most, ROUNDS)
+        flights = Flights(prompts, max(sizes), most, TOKENS)
         for size in sizes:
             points = {
                 name: replace(configured(config, size, drafter.num_layers), lookahead=config.lookahead is not None)

@@ -4,8 +4,8 @@ import pytest
 
 from vllm_easyspec.cli import main
 from vllm_easyspec.drafter.plan import LayerPlan
-from vllm_easyspec.tune.engine import WARM_ROUNDS, TunedEngine, Window
-from vllm_easyspec.tune.flights import Flights, Observation, in_turn
+from vllm_easyspec.tune.engine import WARM_ROUNDS, Engine, TunedEngine, Window
+from vllm_easyspec.tune.flights import Flights, Observation, confirmed, in_turn
 from vllm_easyspec.tune.planner import Point, ScopedPlan
 from vllm_easyspec.tune.progress import Progress
 
@@ -72,12 +72,12 @@ class Recorded(TunedEngine):
 
     def fly(self, rounds: int) -> Window:
         self.calls.append(("fly", rounds))
-        return Window(tokens=3 * rounds, seconds=0.01 * rounds, rounds=rounds)
+        return Window(tokens=3 * rounds, request_rounds=rounds, seconds=0.01 * rounds, rounds=rounds)
 
 
 def test_a_point_is_set_then_warmed_up_then_counted_anew():
     engine, plan = Recorded(), ScopedPlan(LayerPlan((2, 2)), "block")
-    window, stats = engine.measure(Point(plan, 5), 7)
+    window, stats = engine.measure(Point(plan, 5), lambda: engine.fly(7))
     assert engine.num_drafts_by_batch_size == [5] * 4
     assert engine.calls == [
         ("easyspec_configure", {"scope": "block", "group_sizes": [2, 2]}),
@@ -89,12 +89,12 @@ def test_a_point_is_set_then_warmed_up_then_counted_anew():
     ]
     assert window.wall_ms == pytest.approx(10) and Observation.of(window, stats).stage_ms == {"draft": 0.0}
     with pytest.raises(RuntimeError, match=r"were to draft 3 tokens, and drafted \[5\]"):
-        engine.measure(Point(plan, 3), 7)
+        engine.measure(Point(plan, 3), lambda: engine.fly(7))
 
 
 def test_flights_are_the_same_for_every_point_and_go_through_all_prompts():
     prompts = [{"prompt_token_ids": [number] * number} for number in range(1, 8)]
-    flights = Flights(prompts, largest=4, most_drafts=3, rounds=16)
+    flights = Flights(prompts, largest=4, most_drafts=3, tokens=16)
     assert flights.longest == 7 + 1 + (4 + WARM_ROUNDS + 16) * 4
     assert [len(flights.numbers(size, 0)) for size in (1, 4, 15, 64)] == [15, 4, 1, 1]
     assert list(flights.numbers(4, 2)) == [8, 9, 10, 11]
@@ -133,3 +133,23 @@ def test_numbers_have_a_least_value(capsys):
     with pytest.raises(SystemExit):
         main(["tune", *needed, "--new-tokens", "7"])
     assert "argument --new-tokens: 7 is less than 8" in capsys.readouterr().err
+
+
+class Scripted(Engine):
+    """Requests that gain what a script says, round by round."""
+
+    def __init__(self, **gains: list[int]):
+        self.gains = gains
+        self.generated = {name: 1 for name in gains}
+
+    def _step(self) -> None:
+        for name, gains in self.gains.items():
+            self.generated[name] += gains.pop(0)
+
+
+def test_requests_count_until_they_have_written_enough():
+    engine = Scripted(quick=[4, 5, 5, 5], slow=[1, 2, 2, 1], late=[0, 3, 3, 9])
+    window = engine.write(6)
+    assert window.rounds == 4 and window.tokens == 18
+    assert window.request_rounds == pytest.approx((1 + 2 / 5) + 4 + 3)
+    assert confirmed(3, [Observation(window, {"draft": 2.0})]).tokens_a_round == pytest.approx(18 / 8.4)

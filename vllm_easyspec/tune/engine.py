@@ -10,7 +10,7 @@ import gc
 import itertools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +32,8 @@ Prompt = dict[str, list[int]]  # vLLM's form of a prompt of token ids
 class Window:
     """Some rounds of requests in flight."""
 
-    tokens: int  # of all requests
+    tokens: int  # that count, of all requests
+    request_rounds: float  # in which the requests came to these tokens, added up
     seconds: float
     rounds: int
 
@@ -83,7 +84,28 @@ class Engine:
         began = time.perf_counter()
         for _ in range(rounds):
             self._step()
-        return Window(sum(self.generated.values()) - before, time.perf_counter() - began, rounds)
+        seconds, tokens = time.perf_counter() - began, sum(self.generated.values()) - before
+        return Window(tokens, len(self.generated) * rounds, seconds, rounds)
+
+    def write(self, tokens: int) -> Window:
+        """Go on with the requests in flight until each has written `tokens` more, none of which may end before.
+
+        A request counts until it has them, the round in which it comes to them as a share: requests that draft well
+        and others weigh as they do where all answers are as long.
+        """
+        start, request_rounds, rounds = dict(self.generated), 0.0, 0
+        writing = set(start)
+        began = time.perf_counter()
+        while writing:
+            before = dict(self.generated)
+            self._step()
+            rounds += 1
+            for name in list(writing):
+                wanted, gained = start[name] + tokens - before[name], self.generated[name] - before[name]
+                request_rounds += min(1.0, wanted / gained) if gained else 1.0
+                if gained >= wanted:
+                    writing.remove(name)
+        return Window(tokens * len(start), request_rounds, time.perf_counter() - began, rounds)
 
     def land(self) -> None:
         """Abort what is in flight."""
@@ -141,15 +163,15 @@ class TunedEngine(Engine):
         batch_sizes, drafts = [len(self.generated)], [point.num_drafts]
         self.rpc("easyspec_capture", batch_sizes=batch_sizes, num_speculative_tokens=drafts)
 
-    def measure(self, point: Point, rounds: int) -> tuple[Window, dict[str, Any]]:
-        """`rounds` of the requests in flight under `point`, and rank 0's counters of them.
+    def measure(self, point: Point, go_on: Callable[[], Window]) -> tuple[Window, dict[str, Any]]:
+        """The requests in flight under `point`, and rank 0's counters of that; go_on: `fly` or `write`.
 
         Raises RuntimeError where vLLM's scheduler did not take the K that it was given.
         """
         self.use(point)
         self.fly(WARM_ROUNDS)
         self.rpc("easyspec_stats", reset=True)
-        window, stats = self.fly(rounds), self.rpc("easyspec_stats")
+        window, stats = go_on(), self.rpc("easyspec_stats")
         drafted = {row["num_speculative_tokens"] for row in stats["rounds_by_plan"]}
         if drafted != {point.num_drafts}:
             raise RuntimeError(f"rounds were to draft {point.num_drafts} tokens, and drafted {sorted(drafted)}")

@@ -1,4 +1,4 @@
-"""Points compared on the same prompts: requests put in flight anew for each, points taking turns."""
+"""Points compared on the same text: requests put in flight anew for each, points taking turns."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,8 +10,7 @@ from vllm import SamplingParams
 from vllm_easyspec.tune.engine import WARM_ROUNDS, Engine, Prompt, TunedEngine, Window
 from vllm_easyspec.tune.planner import Point
 
-# Of one request in a turn, fewer of larger batches: with 16 rounds each, tokens a round vary by some 4 percent then.
-FLIGHTS = 15
+FLIGHTS = 15  # of one request in a turn, fewer of larger batches
 
 
 @dataclass(frozen=True)
@@ -39,14 +38,14 @@ class Confirmed:
 
 class Flights:
     def __init__(
-        self, prompts: Sequence[Prompt], largest: int, most_drafts: int, rounds: int, temperature: float = 0.0
+        self, prompts: Sequence[Prompt], largest: int, most_drafts: int, tokens: int, temperature: float = 0.0
     ):
-        """largest: batch size; most_drafts: K; rounds: of a flight."""
+        """largest: batch size; most_drafts: K; tokens: that each request of a flight writes."""
         self.prompts = prompts
         self.most_drafts = most_drafts
-        self.rounds = rounds
-        # A request outlives all rounds of its flight; the first to be read waits for the last.
-        outlives = (largest + WARM_ROUNDS + rounds) * (most_drafts + 1)
+        self.tokens = tokens
+        # Every request goes on until the slowest has its tokens, and the first to be read waits for the last.
+        outlives = (largest + WARM_ROUNDS + tokens) * (most_drafts + 1)
         self.params = SamplingParams(
             temperature=temperature, max_tokens=1 + outlives, ignore_eos=True, detokenize=False
         )
@@ -72,7 +71,7 @@ class Flights:
         for flight in self.numbers(size, turn):
             for point in in_turn(points, flight):
                 engine.take_off(self.batch(size, flight), self.params)
-                yield point, Observation.of(*engine.measure(point, self.rounds))
+                yield point, Observation.of(*engine.measure(point, lambda: engine.write(self.tokens)))
 
     def wall_rate(self, engine: Engine, size: int, turns: int) -> float:
         """Tokens a second of any engine, on the prompts that `compare` takes."""
@@ -80,8 +79,8 @@ class Flights:
         for flight in (number for turn in range(turns) for number in self.numbers(size, turn)):
             engine.take_off(self.batch(size, flight), self.params)
             engine.fly(WARM_ROUNDS)
-            windows.append(engine.fly(self.rounds))
-        return 1e3 * size * _tokens_a_round(size, windows) / median(window.wall_ms for window in windows)
+            windows.append(engine.write(self.tokens))
+        return 1e3 * size * _tokens_a_round(windows) / median(window.wall_ms for window in windows)
 
 
 def in_turn(points: Sequence[Point], turn: int) -> Sequence[Point]:
@@ -90,7 +89,7 @@ def in_turn(points: Sequence[Point], turn: int) -> Sequence[Point]:
 
 
 def confirmed(size: int, seen: Sequence[Observation]) -> Confirmed:
-    tokens = _tokens_a_round(size, [one.window for one in seen])
+    tokens = _tokens_a_round([one.window for one in seen])
     wall_ms = median(one.window.wall_ms for one in seen)
     stage_ms = {stage: median(one.stage_ms[stage] for one in seen) for stage in seen[0].stage_ms}
     return Confirmed(
@@ -102,5 +101,5 @@ def confirmed(size: int, seen: Sequence[Observation]) -> Confirmed:
     )
 
 
-def _tokens_a_round(size: int, windows: Sequence[Window]) -> float:
-    return sum(window.tokens for window in windows) / sum(size * window.rounds for window in windows)
+def _tokens_a_round(windows: Sequence[Window]) -> float:
+    return sum(window.tokens for window in windows) / sum(window.request_rounds for window in windows)

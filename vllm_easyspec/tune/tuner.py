@@ -28,7 +28,7 @@ from vllm.platforms import current_platform
 from vllm_easyspec import support
 from vllm_easyspec.config import ConfigError, EasySpecConfig, load
 from vllm_easyspec.drafter.plan import SCOPES, LayerPlan
-from vllm_easyspec.tune.engine import WARM_ROUNDS, Engine, Prompt, TunedEngine, changed, running
+from vllm_easyspec.tune.engine import WARM_ROUNDS, Engine, Prompt, TunedEngine, Window, changed, running
 from vllm_easyspec.tune.flights import Confirmed, Flights, Observation, confirmed, in_turn
 from vllm_easyspec.tune.planner import (
     Point,
@@ -60,7 +60,7 @@ class Settings:
     most_drafts: int | None = None  # the largest K tried; by itself the configuration's, or 8 if that is less
     most_plans: int = 12  # whose acceptance is measured, beside the untuned and the precise plan
     largest_group: int = 8
-    new_tokens: int = 64  # answered to each prompt where acceptance is measured
+    new_tokens: int = 64  # answered to each prompt where acceptance and rates are measured
     rounds: int = 8  # of a plan or K at a time
     turns: int = 3
     temperature: float = 0.0
@@ -146,7 +146,7 @@ class Tuner:
         by_wall = settings.by_wall if settings.by_wall is not None else not current_platform.is_cpu()
         self.found = Findings(shape.num_layers, untuned, by_wall)
         largest = max(settings.batch_sizes)
-        self.flights = Flights(settings.prompts, largest, self.most_drafts, 2 * settings.rounds, settings.temperature)
+        self.flights = Flights(settings.prompts, largest, self.most_drafts, settings.new_tokens, settings.temperature)
         self.engine_args = changed(engine_args, max_num_seqs=largest, disable_log_stats=True, use_tqdm_on_load=False)
         self.observed: dict[tuple[int, Point], list[Observation]] = defaultdict(list)  # in flight, by batch size
         self.progress = Progress(settings.time_budget)
@@ -191,8 +191,8 @@ class Tuner:
     def _check_room(self, max_model_len: int) -> None:
         if self.flights.longest > max_model_len:
             raise ConfigError(
-                f"max_model_len={max_model_len} is too short for the rounds that are measured after a prompt: "
-                f"{self.flights.longest} are needed. Give a longer one, or less prompt_tokens, rounds or batch sizes"
+                f"max_model_len={max_model_len} is too short for what is measured after a prompt: {self.flights.longest} are "
+                "needed. Give a longer one, or less prompt_tokens, new_tokens or batch sizes"
             )
 
     def _search(self, engine: TunedEngine) -> list[ScopedPlan]:
@@ -245,11 +245,15 @@ class Tuner:
         points += [Point(plans[0], k) for k in self._fewer_drafts()]
         seen: dict[tuple[int, Point], list[Observation]] = defaultdict(list)
         sweeps = [(turn, size) for turn in range(self.settings.turns) for size in self.settings.batch_sizes]
+
+        def go_on() -> Window:
+            return engine.fly(self.settings.rounds)
+
         for turn, size in self.progress.within("times", sweeps):
             engine.land()
             for point in in_turn(points, turn):
                 self._make_room(engine, size, turn)
-                seen[size, point].append(Observation.of(*engine.measure(point, self.settings.rounds)))
+                seen[size, point].append(Observation.of(*engine.measure(point, go_on)))
             self.found.times[size] = _stage_times({point: seen[size, point] for point in points}, most)
 
     def _make_room(self, engine: TunedEngine, size: int, turn: int) -> None:
