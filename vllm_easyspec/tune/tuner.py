@@ -191,8 +191,8 @@ class Tuner:
     def _check_room(self, max_model_len: int) -> None:
         if self.flights.longest > max_model_len:
             raise ConfigError(
-                f"max_model_len={max_model_len} is too short for what is measured after a prompt: {self.flights.longest} are "
-                "needed. Give a longer one, or less prompt_tokens, new_tokens or batch sizes"
+                f"max_model_len={max_model_len} is too short for what is measured after a prompt: "
+                f"{self.flights.longest} are needed. Give more, or less prompt_tokens, new_tokens or batch sizes"
             )
 
     def _search(self, engine: TunedEngine) -> list[ScopedPlan]:
