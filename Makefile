@@ -36,8 +36,8 @@ tune: $(INSTALLED)
 	$(BIN)/python examples/tiny-pair/held_out.py build/held-out.jsonl
 	$(BIN)/vllm-easyspec tune --model examples/tiny-pair/target --config configs/tiny-pair-lookahead.yaml \
 		--prompts build/held-out.jsonl -o configs/tiny-pair-tuned.yaml --report build/tiny-pair-tuned.html \
-		--json benchmarks/results/tune-cpu.json $(ARGS) -- --dtype float32 --max-model-len 1024 \
-		--kv-cache-memory-bytes 256M --enforce-eager
+		--json benchmarks/results/tune-cpu.json --tensor-parallel-size 2 --batch-sizes 1,4 $(ARGS) \
+		-- --dtype float32 --max-model-len 1024 --kv-cache-memory-bytes 256M --enforce-eager
 
 test: $(INSTALLED)
 	$(BIN)/pytest $(ARGS)

@@ -16,7 +16,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm_easyspec import plugin, support
 from vllm_easyspec.config import EasySpecConfig, load
 from vllm_easyspec.tune.engine import TunedEngine, running
-from vllm_easyspec.tune.flights import Flights, Observation, confirmed
+from vllm_easyspec.tune.flights import Flights, Pair, confirmed
 from vllm_easyspec.tune.planner import Point
 from vllm_easyspec.tune.tuner import configured
 
@@ -60,15 +60,15 @@ def compare(model: Path, untuned: Path, tuned: Path, ranks: int, sizes: list[int
 
 def measure(
     engine: TunedEngine, flights: Flights, size: int, points: list[Point], turns: int
-) -> dict[Point, list[Observation]]:
-    seen: dict[Point, list[Observation]] = {point: [] for point in points}
+) -> dict[Point, list[Pair]]:
+    seen: dict[Point, list[Pair]] = {point: [] for point in points}
     for turn in range(turns):
-        for point, observed in flights.compare(engine, size, list(seen), turn):
-            seen[point].append(observed)
+        for point, pair in flights.compare(engine, size, list(seen), turn, reference=points[0]):
+            seen[point].append(pair)
     return seen
 
 
-def report(size: int, points: dict[str, Point], seen: dict[Point, list[Observation]]) -> None:
+def report(size: int, points: dict[str, Point], seen: dict[Point, list[Pair]]) -> None:
     print(f"\nbatch size {size}")
     rows = {name: confirmed(size, seen[point]) for name, point in points.items()}
     for name, row in rows.items():

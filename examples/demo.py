@@ -116,10 +116,9 @@ def report(ranks: list[dict]) -> None:
 
 def compare_tuned(options: argparse.Namespace) -> int:
     """Exit code of `compare.py`, which prints what it measures."""
-    print(
-        f"\nThe same drafter, tuned ({options.tuned}), in turn with the above in one engine on one rank ...", flush=True
-    )
+    print(f"\nThe same drafter, tuned ({options.tuned}), in turn with the above in one engine ...", flush=True)
     given = ["--model", options.model, "--untuned", options.config, "--tuned", options.tuned]
+    given += ["--tensor-parallel-size", options.tensor_parallel_size]
     return subprocess.run([sys.executable, str(ROOT / "examples" / "compare.py"), *map(str, given)]).returncode
 
 

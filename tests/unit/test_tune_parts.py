@@ -152,4 +152,19 @@ def test_requests_count_until_they_have_written_enough():
     window = engine.write(6)
     assert window.rounds == 4 and window.tokens == 18
     assert window.request_rounds == pytest.approx((1 + 2 / 5) + 4 + 3)
-    assert confirmed(3, [Observation(window, {"draft": 2.0})]).tokens_a_round == pytest.approx(18 / 8.4)
+    observed = Observation(window, {"draft": 2.0})
+    assert confirmed(3, [(observed, observed)]).tokens_a_round == pytest.approx(18 / 8.4)
+
+
+def test_slow_minutes_of_the_machine_cancel():
+    """The point takes 0.8 times as long as the reference; two of five flights are three times as slow."""
+
+    def observed(slowness: float, ms: float) -> Observation:
+        window = Window(tokens=20, request_rounds=10, seconds=0.01 * slowness * (ms + 1), rounds=10)
+        return Observation(window, {"draft": 0.25 * slowness * ms, "verify": 0.75 * slowness * ms})
+
+    seen = [(observed(slowness, 8), observed(slowness, 10)) for slowness in (1, 3, 1.1, 3, 1)]
+    found = confirmed(4, seen)
+    assert found.stage_ms == {"draft": pytest.approx(0.25 * 8.8), "verify": pytest.approx(0.75 * 8.8)}
+    assert found.stage_rate == pytest.approx(4e3 * 2 / 8.8)
+    assert found.wall_ms == pytest.approx(1.1 * 11 * 9 / 11) and found.wall_rate == pytest.approx(4e3 * 2 / 9.9)

@@ -144,7 +144,7 @@ def run(
         if applies
     ]
     configs = speculative_configs(config, baselines)
-    _bind_cpus(engine_arguments.get("tensor_parallel_size", 1))
+    bind_cpus(engine_arguments.get("tensor_parallel_size", 1))
     arms: dict[str, Any] = {}
     results: Results = {}
 
@@ -216,7 +216,7 @@ def _text_config(model: str) -> Any:
     return get_hf_text_config(read_hf_config(model, revision=None))
 
 
-def _bind_cpus(ranks: int) -> None:
+def bind_cpus(ranks: int) -> None:
     """On a CPU, the binding that easyspec gives its ranks, for all arms: plain vLLM wants a NUMA node a rank."""
     from vllm.platforms import current_platform
 

@@ -49,9 +49,10 @@ def run(args: argparse.Namespace) -> str:
     }
     try:
         found = tuner.tune()
-        text = tuned_yaml(settings.config, out, found.ranges(), _head(found, about, args), _notes(found))
-        out.write_text(text)
+        out.write_text(_yaml(found, out, settings.config, about, args))
         tuner.compare(out)
+        text = _yaml(found, out, settings.config, about, args)  # with what the comparison gave
+        out.write_text(text)
     finally:
         tuner.progress.close()
     if args.report:
@@ -93,6 +94,10 @@ def _choice(found: Findings, size: int) -> str:
     return f"{point}: {rates[point]:.1f} tokens/s{against}"
 
 
+def _yaml(found: Findings, out: Path, config: Path, about: dict[str, Any], args: argparse.Namespace) -> str:
+    return tuned_yaml(config, out, found.ranges(), _head(found, about, args), _notes(found))
+
+
 def _head(found: Findings, about: dict[str, Any], args: argparse.Namespace) -> list[str]:
     hardware, versions = about["hardware"], about["versions"]
     machine = hardware["gpu"] or f"{hardware['cores']} cores of {hardware['cpu']}"
@@ -103,6 +108,8 @@ def _head(found: Findings, about: dict[str, Any], args: argparse.Namespace) -> l
         f"On {machine}, vllm {versions['vllm']}, torch {versions['torch']}. Tokens a second "
         + ("by wall-clock:" if found.by_wall else "of the stages' time (calibrate, draft, verify):"),
         *(f"  batch size {size}: {_choice(found, size)}" for size in found.times),
+        *([f"Engines one after another, by wall-clock: {_arms(found)}"] if found.baselines else []),
+        *(f"Mind: {warning}" for warning in found.warnings()),
         *(f"Not finished: {part}" for part in found.unfinished),
     ]
 
@@ -115,10 +122,19 @@ def _notes(found: Findings) -> dict[Point, str]:
     return {point: f"measured at batch size {', '.join(measured)}" for point, measured in sizes.items()}
 
 
+def _arms(found: Findings) -> str:
+    """Tokens a second of each engine at each batch size."""
+    by_arm = {
+        name: ", ".join(f"{rate:.1f} at {size}" for size, rate in rates.items())
+        for name, rates in found.baselines.items()
+    }
+    return "; ".join(f"{name} {rates}" for name, rates in by_arm.items())
+
+
 def _summary(found: Findings, out: Path, report: str | None) -> str:
     lines = [f"batch size {size:4}: {_choice(found, size)}" for size in found.times]
-    for name, rates in found.baselines.items():
-        lines.append(f"{name}, wall-clock: " + ", ".join(f"{size}: {rate:.1f}" for size, rate in rates.items()))
+    lines += [f"engines one after another, by wall-clock: {_arms(found)}"] if found.baselines else []
+    lines += found.warnings()
     lines += [f"not finished: {part}" for part in found.unfinished]
     lines += [f"{name} did not start: {why}" for name, why in found.failed.items()]
     return "\n".join([*lines, f"Written: {out}" + (f", {report}" if report else "")])

@@ -24,14 +24,22 @@ class Observation:
     def of(cls, window: Window, stats: dict[str, Any]) -> "Observation":
         return cls(window, {stage: took or 0.0 for stage, took in stats["stage_ms"].items()})
 
+    @property
+    def stages_ms(self) -> float:
+        return sum(self.stage_ms.values())
+
+
+# A point's observation of a flight, and the reference point's of the same flight.
+Pair = tuple[Observation, Observation]
+
 
 @dataclass
 class Confirmed:
     """What a point did in flight, over all turns."""
 
     tokens_a_round: float  # of one request, mean
-    stage_ms: dict[str, float]  # medians
-    wall_ms: float  # of a round, median
+    stage_ms: dict[str, float]  # typical, see `confirmed`
+    wall_ms: float  # of a round, likewise
     stage_rate: float  # tokens a second of the stages' time alone
     wall_rate: float  # tokens a second
 
@@ -65,13 +73,18 @@ class Flights:
         return range(turn * count, (turn + 1) * count)
 
     def compare(
-        self, engine: TunedEngine, size: int, points: Sequence[Point], turn: int
-    ) -> Iterator[tuple[Point, Observation]]:
-        """A turn of each point on the same prompts; every other flight in the opposite order."""
+        self, engine: TunedEngine, size: int, points: Sequence[Point], turn: int, reference: Point
+    ) -> Iterator[tuple[Point, Pair]]:
+        """A turn of each point on the same prompts; every other flight in the opposite order.
+
+        reference: one of the points.
+        """
         for flight in self.numbers(size, turn):
+            seen: dict[Point, Observation] = {}
             for point in in_turn(points, flight):
                 engine.take_off(self.batch(size, flight), self.params)
-                yield point, Observation.of(*engine.measure(point, lambda: engine.write(self.tokens)))
+                seen[point] = Observation.of(*engine.measure(point, lambda: engine.write(self.tokens)))
+            yield from ((point, (observed, seen[reference])) for point, observed in seen.items())
 
     def wall_rate(self, engine: Engine, size: int, turns: int) -> float:
         """Tokens a second of any engine, on the prompts that `compare` takes."""
@@ -88,10 +101,19 @@ def in_turn(points: Sequence[Point], turn: int) -> Sequence[Point]:
     return points if turn % 2 == 0 else list(reversed(points))
 
 
-def confirmed(size: int, seen: Sequence[Observation]) -> Confirmed:
-    tokens = _tokens_a_round([one.window for one in seen])
-    wall_ms = median(one.window.wall_ms for one in seen)
-    stage_ms = {stage: median(one.stage_ms[stage] for one in seen) for stage in seen[0].stage_ms}
+def confirmed(size: int, seen: Sequence[Pair]) -> Confirmed:
+    """Times are medians of ratios to the reference in the same flight, times its own median.
+
+    A shared machine has slow and fast minutes; a flight lasts a second or two, so most of that cancels.
+    """
+    tokens = _tokens_a_round([one.window for one, _ in seen])
+    stages = median(reference.stages_ms for _, reference in seen)
+    wall = median(reference.window.wall_ms for _, reference in seen)
+    stage_ms = {
+        stage: stages * median(one.stage_ms[stage] / reference.stages_ms for one, reference in seen)
+        for stage in seen[0][0].stage_ms
+    }
+    wall_ms = wall * median(one.window.wall_ms / reference.window.wall_ms for one, reference in seen)
     return Confirmed(
         tokens_a_round=tokens,
         stage_ms=stage_ms,

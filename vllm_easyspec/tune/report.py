@@ -37,6 +37,7 @@ def html_report(found: Findings, run: dict[str, Any], tuned: str) -> str:
     parts += ["</div>", _plans_table(found), "<h2>Time of a round</h2>", _split(found)]
     if found.baselines:
         parts += ["<h2>Compared with</h2>", _arms_plot(found), _arms_table(found)]
+        parts += [f'<p class="note">Mind: {escape(warning)}.</p>' for warning in found.warnings()]
     parts += ["<h2>The configuration</h2>", f"<pre>{escape(tuned)}</pre>"]
     body = "\n".join(parts)
     return (

@@ -26,10 +26,11 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
 from vllm_easyspec import support
+from vllm_easyspec.bench.engine import bind_cpus
 from vllm_easyspec.config import ConfigError, EasySpecConfig, load
 from vllm_easyspec.drafter.plan import SCOPES, LayerPlan
 from vllm_easyspec.tune.engine import WARM_ROUNDS, Engine, Prompt, TunedEngine, Window, changed, running
-from vllm_easyspec.tune.flights import Confirmed, Flights, Observation, confirmed, in_turn
+from vllm_easyspec.tune.flights import Confirmed, Flights, Observation, Pair, confirmed, in_turn
 from vllm_easyspec.tune.planner import (
     Point,
     Range,
@@ -49,7 +50,9 @@ SCORED_PROMPTS, SCORED_TOKENS = 8, 128
 CONFIRMED = 3  # plans at each batch size, beside the untuned one and K = 0
 CLIMBS = 3  # steps of K at each batch size
 TOLERANCE = 0.02  # of a rate: so much is noise
+BETWEEN_ENGINES = 0.05  # likewise, where rates are of engines one after another
 BASELINES = ("untuned", "draft_model", "none")
+ARMS = {"untuned": "the untuned configuration", "draft_model": "vLLM's draft_model", "none": "no speculation"}
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,16 @@ class Findings:
     def ranges(self) -> list[Range]:
         return ranges(self.chosen())
 
+    def warnings(self) -> list[str]:
+        """Where another engine was faster than the tuned one by more than noise."""
+        tuned = self.baselines.get("tuned", {})
+        return [
+            f"at batch size {size} {ARMS[name]} was faster by wall-clock: {rates[size]:.1f} tokens/s, tuned {rate:.1f}"
+            for size, rate in tuned.items()
+            for name, rates in self.baselines.items()
+            if rates.get(size, 0.0) > (1 + BETWEEN_ENGINES) * rate
+        ]
+
 
 class Tuner:
     def __init__(self, engine_args: EngineArgs, settings: Settings):
@@ -147,8 +160,9 @@ class Tuner:
         self.found = Findings(shape.num_layers, untuned, by_wall)
         largest = max(settings.batch_sizes)
         self.flights = Flights(settings.prompts, largest, self.most_drafts, settings.new_tokens, settings.temperature)
+        bind_cpus(engine_args.tensor_parallel_size)
         self.engine_args = changed(engine_args, max_num_seqs=largest, disable_log_stats=True, use_tqdm_on_load=False)
-        self.observed: dict[tuple[int, Point], list[Observation]] = defaultdict(list)  # in flight, by batch size
+        self.observed: dict[tuple[int, Point], list[Pair]] = defaultdict(list)  # in flight, by batch size
         self.progress = Progress(settings.time_budget)
         self.found.unfinished = self.progress.unfinished
 
@@ -284,15 +298,17 @@ class Tuner:
         return points
 
     def _climb(self, engine: TunedEngine) -> None:
-        """The fastest point flies again with its neighbours, so that what drifts meets all alike."""
+        """The fastest point flies again beside its neighbours."""
         for _, size in self.progress.within("climb", list(product(range(CLIMBS), self.found.confirmed)), minimum=0):
             if points := self.found.neighbours(size):
                 for turn in range(self.settings.turns):
                     self._fly(engine, size, points, turn)
 
     def _fly(self, engine: TunedEngine, size: int, points: list[Point], turn: int) -> None:
-        for point, observed in self.flights.compare(engine, size, points, turn):
-            self.observed[size, point].append(observed)
+        reference = self.found.untuned[size]
+        points = points if reference in points else [*points, reference]
+        for point, pair in self.flights.compare(engine, size, points, turn, reference):
+            self.observed[size, point].append(pair)
         confirmed_so_far = self.found.confirmed.setdefault(size, {})
         confirmed_so_far.update({point: confirmed(size, self.observed[size, point]) for point in points})
 
