@@ -191,7 +191,8 @@ def test_a_faster_engine_is_told():
     found = findings()
     assert found.warnings() == []
     found.baselines["none"][16] = 1.06 * found.baselines["tuned"][16]
-    found.baselines["untuned"][4] = 1.04 * found.baselines["tuned"][4]  # between engines that much is noise
+    found.baselines["none"][4] = 1.04 * found.baselines["tuned"][4]  # between engines that much is noise
+    found.baselines["untuned"][1] = 2 * found.baselines["tuned"][1]
     (warning,) = found.warnings()
     assert warning.startswith("at batch size 16 no speculation was faster by wall-clock: 581.9 tokens/s, tuned 548.9")
     found.baselines.clear()
