@@ -58,7 +58,7 @@ bench: $(INSTALLED)
 	$(BIN)/python examples/tiny-pair/held_out.py build/held-out.jsonl
 	$(BENCH) engine $(TINY_PAIR) --prompts build/held-out.jsonl --concurrency 1,4,16 --output-tokens 64 \
 		--json $(RESULTS)/engine-cpu.json --plot docs/engine-cpu.svg
-	$(BENCH) engine $(TINY_PAIR) --input-tokens 1900 --output-tokens 16 --concurrency 1 --requests 8 --turns 1 \
+	$(BENCH) engine $(TINY_PAIR) --input-tokens 1900 --output-tokens 16 --concurrency 1 --requests 8 \
 		--baselines none,draft_model --json $(RESULTS)/engine-long-prompts-cpu.json
 	$(BIN)/python benchmarks/interpreted.py --json $(RESULTS)/interpreted-cpu.json
 
