@@ -323,6 +323,15 @@ def test_long_passes_take_torchs_products(dtype):
     assert not ops.is_short(torch.zeros(3, few + 1, 8, dtype=dtype))
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_products_of_many_tokens(dtype, layers):
+    x, weights = randn(layers, 100, 48, dtype=dtype), randn(5, 48, 33, dtype=dtype, scale=48**-0.5)[1 : 1 + layers]
+    got = ops.products(x, weights)
+    assert got.shape == (layers, 100, 33) and got.dtype == dtype and got.is_contiguous()
+    check_close(got, torch.matmul(x, weights), torch.matmul(x.double(), weights.double()))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
