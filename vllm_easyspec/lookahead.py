@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -174,13 +174,12 @@ def write_maps(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mappin
     part.replace(path)
 
 
-class _StackedMaps(nn.Module):
+class StackedMaps(NamedTuple):
     """The maps of consecutive layers, each `x + features @ down @ up + bias`. A shorter group takes a prefix."""
 
-    def __init__(self, down: torch.Tensor, up: torch.Tensor, bias: torch.Tensor):
-        """down `[layers, 2 or 3 * hidden, rank]`, up `[layers, rank, hidden]`, bias `[layers, hidden]`."""
-        super().__init__()
-        self.down, self.up, self.bias = (nn.Parameter(part, requires_grad=False) for part in (down, up, bias))
+    down: torch.Tensor  # [layers, 2 or 3 * hidden, rank]
+    up: torch.Tensor  # [layers, rank, hidden]
+    bias: torch.Tensor  # [layers, hidden]
 
 
 class LookaheadMaps(nn.Module):
@@ -206,15 +205,19 @@ class LookaheadMaps(nn.Module):
         self.reach = dict(reach)
         self.own_layers = placement.layers_of(rank)
         dtype = None if like.device.type == "cpu" and WHY_NOT_NATIVE is None else like.dtype
-        self.attention: dict[int, _StackedMaps] = {}
-        self.mlp: dict[int, _StackedMaps] = {}
+        self.attention: dict[int, StackedMaps] = {}
+        self.mlp: dict[int, StackedMaps] = {}
         for start, last in reach.items():
             later = range(start + 1, last + 1)
             own = [layer - later.start for layer in self.own_layers if layer in later]
             for kind, maps, kept in (("attention", self.attention, own), ("mlp", self.mlp, list(range(len(later))))):
-                parts = (tensors[f"{kind}.{start}.{part}"][kept] for part in PARTS)
-                maps[start] = _StackedMaps(*(part.to(like.device, dtype or part.dtype) for part in parts))
-                self.add_module(f"{kind}_{start}", maps[start])
+                stacked = [tensors[f"{kind}.{start}.{part}"][kept] for part in PARTS]
+                weights = [
+                    nn.Parameter(part.to(like.device, dtype or part.dtype), requires_grad=False) for part in stacked
+                ]
+                maps[start] = StackedMaps(*weights)
+                for part, weight in zip(PARTS, weights, strict=True):
+                    self.register_parameter(f"{kind}_{start}_{part}", weight)
 
     @classmethod
     def load(cls, file: LookaheadFile, placement: LayerPlacement, rank: int, like: torch.Tensor) -> "LookaheadMaps":
@@ -227,12 +230,12 @@ class LookaheadMaps(nn.Module):
         return GroupLookahead(self.attention[start], self.mlp[start], h, previous, start in self.own_layers)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class GroupLookahead:
     """The maps of one group in one pass."""
 
-    attention: _StackedMaps
-    mlp: _StackedMaps
+    attention: StackedMaps
+    mlp: StackedMaps
     h: torch.Tensor  # [tokens, hidden]
     previous: torch.Tensor  # [tokens, hidden]
     owns_first: bool  # whether the attention of the group's first layer is this rank's
@@ -247,7 +250,7 @@ class GroupLookahead:
         """What the group's MLPs read in block scope; prefixes and result `[group, tokens, hidden]`."""
         return self._corrected(self.mlp, prefixes, prefixes.shape[0], True)
 
-    def _corrected(self, maps: _StackedMaps, x: torch.Tensor, layers: int, first: bool) -> torch.Tensor:
+    def _corrected(self, maps: StackedMaps, x: torch.Tensor, layers: int, first: bool) -> torch.Tensor:
         return look_ahead(x, self.h, self.previous, maps.down, maps.up, maps.bias, layers, first, EPS)
 
 
