@@ -42,7 +42,7 @@ tune: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/pytest $(ARGS)
 
-# The CPU figures, on two cores that do nothing else; about 15 minutes.
+# The CPU figures, on two cores that do nothing else; about 25 minutes.
 RESULTS := benchmarks/results
 BENCH := $(BIN)/vllm-easyspec bench
 TINY_PAIR := --model examples/tiny-pair/target --config configs/tiny-pair.yaml --dtype float32 \
