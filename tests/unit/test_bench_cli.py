@@ -237,3 +237,17 @@ def test_paths_below_the_current_folder_are_told_from_there(monkeypatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     assert report.from_here(str(tmp_path / "a" / "b")) == str(Path("a/b"))
     assert report.from_here("owner/name") == "owner/name"
+
+
+@pytest.mark.parametrize(
+    ("program", "name"),
+    [
+        ("vllm_easyspec/cli.py", "vllm-easyspec"),
+        (".venv/bin/vllm-easyspec", "vllm-easyspec"),
+        ("benchmarks/rounds.py", "benchmarks/rounds.py"),
+        ("/elsewhere/script.py", "script.py"),
+    ],
+)
+def test_command_as_a_shell_takes_it(monkeypatch, program, name):
+    monkeypatch.setattr("sys.argv", [str(report.ROOT / program), "bench", "--config", "a b.yaml"])
+    assert report.surroundings()["command"] == f"{name} bench --config 'a b.yaml'"

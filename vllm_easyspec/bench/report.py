@@ -67,8 +67,13 @@ def from_here(path: str) -> str:
 def _command() -> str:
     """This run's, as a shell takes it: a script of the checkout by its path there, a command by its name."""
     program = Path(sys.argv[0]).resolve()
-    script = program.suffix == ".py" and program.is_relative_to(ROOT)
-    return shlex.join([str(program.relative_to(ROOT)) if script else program.name, *sys.argv[1:]])
+    if program.parent.name == "vllm_easyspec":  # python -m vllm_easyspec.cli
+        name = "vllm-easyspec"
+    elif program.suffix == ".py" and program.is_relative_to(ROOT):
+        name = str(program.relative_to(ROOT))
+    else:
+        name = program.name
+    return shlex.join([name, *sys.argv[1:]])
 
 
 def _commit() -> str | None:
