@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from lookahead_simulation import NEW, PROMPT, Dense, Maps, Rows, Variant
 from rounds import PAIR, ROOT, held_out_ids
+from safetensors.torch import load_file
 
 from vllm_easyspec.drafter.plan import LayerPlan
 from vllm_easyspec.lookahead import KINDS, PARTS, LookaheadFile
@@ -26,8 +27,6 @@ THRESHOLDS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 
 def file_maps(path: str) -> Maps:
     """The maps of a file, multiplied out."""
-    from safetensors.torch import load_file
-
     file, tensors = LookaheadFile.read(path), load_file(path)
     maps: Maps = {}
     for kind in KINDS:
@@ -87,12 +86,11 @@ def main() -> None:
             known = sorted(times[which], key=int)
             return np.interp(k, list(map(int, known)), [times[which][key] for key in known])
 
-        def show(name: str, ends, most: int, batch=batch, step=step, stage=stage) -> float:
+        def show(name: str, ends, most: int, batch=batch, step=step, stage=stage) -> None:
             gained, drafts = rounds(leading, confidence, batch, ends)
             common = (stage("calibrate_ms", drafts) + (drafts - 1) * step).mean()
             rates = [1e3 * batch * gained / (common + stage("verify_ms", k).mean()) for k in (most, drafts)]
             print(f"| {batch} | {name} | {gained:.2f} | {drafts.mean():.2f} | {rates[0]:.0f} | {rates[1]:.0f} |")
-            return rates[0]
 
         for k in range(1, MOST + 1):
             show(f"after {k}", lambda confidence, k=k: k, k)

@@ -12,7 +12,7 @@ from statistics import median
 import torch
 from rounds import DRAFTS, PAIR, PLANS
 
-from vllm_easyspec.bench.report import surroundings
+from vllm_easyspec.bench.report import surroundings, write
 from vllm_easyspec.drafter.plan import LayerPlan
 from vllm_easyspec.lookahead import LookaheadFile, LookaheadMaps
 from vllm_easyspec.standalone import StandaloneDrafter, run_ranks
@@ -58,10 +58,8 @@ def main() -> None:
     for row in rows:
         print(row)
     result = surroundings() | {"rows": rows}
-    text = json.dumps(result, indent=1)
-    if args.json:
-        args.json.write_text(text + "\n")
-    print(text)
+    write(args.json, result)
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from statistics import median
 
 from vllm import LLM, SamplingParams
 
-from vllm_easyspec.bench.report import surroundings
+from vllm_easyspec.bench.report import surroundings, write
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIR = ROOT / "examples" / "tiny-pair"
@@ -110,14 +110,13 @@ def main() -> None:
         times = " | ".join(f"{r[key]:.2f}" for key in ("calibrate_ms", "step_ms", "verify_ms"))
         acceptance = f"{r['tokens_a_round']:.2f} | {r['mean_acceptance']:.3f} | {by_position}"
         print(f"| {r['ranks']} | {r['plan']} | {acceptance} | {times} |")
+    paths = {name: value and str(value) for name, value in vars(args).items() if name in ("lookahead", "json")}
     result = surroundings() | {
-        "settings": {"num_speculative_tokens": DRAFTS, **vars(args)},
+        "settings": {"num_speculative_tokens": DRAFTS, **vars(args), **paths},
         "rows": rows,
     }
-    text = json.dumps(result, indent=1, default=str)
-    if args.json:
-        args.json.write_text(text + "\n")
-    print(text)
+    write(args.json, result)
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

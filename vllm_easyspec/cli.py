@@ -233,11 +233,15 @@ def _add_tune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "tune", help="find the plan and the K that draft fastest for a pair, by batch size, and write them as YAML"
     )
     tune.add_argument("--model", metavar="TARGET", required=True, help="a folder or a hub name")
-    tune.add_argument("--config", metavar="YAML", required=True, help="the untuned configuration")
-    tune.add_argument("--prompts", metavar="FILE", required=True, help="JSON lines with prompt, text or turns")
-    tune.add_argument("-o", dest="out", metavar="YAML", required=True, help="write the tuned configuration here")
-    tune.add_argument("--report", metavar="HTML", help="write a report with plots here")
-    tune.add_argument("--json", metavar="FILE", help="keep all that was measured here")
+    tune.add_argument("--config", metavar="YAML", type=Path, required=True, help="the untuned configuration")
+    tune.add_argument(
+        "--prompts", metavar="FILE", type=Path, required=True, help="JSON lines with prompt, text or turns"
+    )
+    tune.add_argument(
+        "-o", dest="out", metavar="YAML", type=Path, required=True, help="write the tuned configuration here"
+    )
+    tune.add_argument("--report", metavar="HTML", type=Path, help="write a report with plots here")
+    tune.add_argument("--json", metavar="FILE", type=Path, help="keep all that was measured here")
     tune.add_argument("--batch-sizes", metavar="B,...", type=_integers(","), default=[1, 2, 4, 8, 16])
     tune.add_argument("--time-budget", metavar="SECONDS", type=float, help="for all, engine starts included")
     tune.add_argument("--tensor-parallel-size", "-tp", metavar="T", type=int, default=1, help="ranks (default: 1)")

@@ -1,7 +1,6 @@
 """`vllm-easyspec tune` from its arguments to its files."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_easyspec import plugin
 from vllm_easyspec.bench.prompts import read_prompts
-from vllm_easyspec.bench.report import check_writable, surroundings
+from vllm_easyspec.bench.report import check_writable, surroundings, write
 from vllm_easyspec.config import ConfigError
 from vllm_easyspec.tune.planner import Point
 from vllm_easyspec.tune.report import html_report
@@ -22,13 +21,13 @@ from vllm_easyspec.tune.written import as_written, tuned_yaml
 def run(args: argparse.Namespace) -> str:
     """Tune, and write the files that `args` names; returns a summary. Raises `ConfigError` or `BenchmarkError`."""
     plugin.register()
-    out = Path(args.out)
+    out = args.out
     for path in (out, args.report, args.json):
-        check_writable(path and Path(path))
+        check_writable(path)
     engine_args = _engine_args(args.model, args.tensor_parallel_size, args.engine_arguments)
-    prompts = read_prompts(Path(args.prompts), engine_args.tokenizer or args.model, args.prompt_tokens)
+    prompts = read_prompts(args.prompts, engine_args.tokenizer or args.model, args.prompt_tokens)
     settings = Settings(
-        config=Path(args.config),
+        config=args.config,
         prompts=[{"prompt_token_ids": ids} for ids in prompts],
         batch_sizes=_batch_sizes(args.batch_sizes),
         most_drafts=args.max_drafts,
@@ -56,9 +55,8 @@ def run(args: argparse.Namespace) -> str:
     finally:
         tuner.progress.close()
     if args.report:
-        Path(args.report).write_text(html_report(found, about, text))
-    if args.json:
-        Path(args.json).write_text(json.dumps(about | findings_json(found), indent=1) + "\n")
+        args.report.write_text(html_report(found, about, text))
+    write(args.json, about | findings_json(found))
     return _summary(found, out, args.report)
 
 
@@ -131,7 +129,7 @@ def _arms(found: Findings) -> str:
     return "; ".join(f"{name} {rates}" for name, rates in by_arm.items())
 
 
-def _summary(found: Findings, out: Path, report: str | None) -> str:
+def _summary(found: Findings, out: Path, report: Path | None) -> str:
     lines = [f"batch size {size:4}: {_choice(found, size)}" for size in found.times]
     lines += [f"engines one after another, by wall-clock: {_arms(found)}"] if found.baselines else []
     lines += found.warnings()
