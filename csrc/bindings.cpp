@@ -8,9 +8,11 @@
 
 #include <cstring>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "advance_draft_inputs.h"
+#include "calibration_inputs.h"
 #include "group_rms_norm.h"
 #include "prefix_sums.h"
 #include "rotate_and_store.h"
@@ -148,6 +150,80 @@ void advance_draft_inputs(const Tensor& sampled,
   }
 #endif
   advance_draft_inputs_cpu(args);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> calibration_inputs(const Tensor& read,
+                                                                              const Tensor& query_starts,
+                                                                              const Tensor& start_positions,
+                                                                              const Tensor& num_valid,
+                                                                              const Tensor& sampled,
+                                                                              const Tensor& newest,
+                                                                              const Tensor& block_table,
+                                                                              const Tensor& of_req,
+                                                                              const Tensor& offset,
+                                                                              const Tensor& known,
+                                                                              const Tensor& starts,
+                                                                              int64_t block_size,
+                                                                              int64_t max_len,
+                                                                              int64_t vocab_size,
+                                                                              bool write) {
+  const int64_t rows = of_req.numel(), reqs = known.numel();
+  check_contiguous(read, "read", ScalarType::Int, read.numel());
+  check_contiguous(query_starts, "query_starts", ScalarType::Long, reqs);
+  check_contiguous(start_positions, "start_positions", ScalarType::Long, reqs);
+  check_contiguous(num_valid, "num_valid", ScalarType::Long, reqs);
+  check_contiguous(sampled, "sampled", ScalarType::Bool, reqs);
+  check_contiguous(newest, "newest", ScalarType::Long, reqs);
+  STD_TORCH_CHECK(block_table.dim() == 2 && block_table.size(0) >= reqs && block_table.stride(1) == 1,
+                  "block_table is not [reqs, width] with contiguous rows");
+  check(block_table, "block_table", ScalarType::Int, block_table.size(0) * block_table.size(1));
+  check_contiguous(of_req, "of_req", ScalarType::Long, rows);
+  check_contiguous(offset, "offset", ScalarType::Long, rows);
+  check_contiguous(known, "known", ScalarType::Long, reqs);
+  check_contiguous(starts, "starts", ScalarType::Int, reqs + 1);
+  Tensor input_ids = torch::stable::new_empty(of_req, {rows});
+  Tensor positions = torch::stable::new_empty(of_req, {rows});
+  Tensor slots = torch::stable::new_empty(of_req, {rows});
+  Tensor seq_lens = torch::stable::new_empty(starts, {reqs});
+  Tensor newest_rows = torch::stable::new_empty(of_req, {reqs});
+  Tensor newest_positions = torch::stable::new_empty(of_req, {reqs});
+  const CalibrationInputs args{
+      .read = static_cast<const int32_t*>(read.data_ptr()),
+      .query_starts = static_cast<const int64_t*>(query_starts.data_ptr()),
+      .start_positions = static_cast<const int64_t*>(start_positions.data_ptr()),
+      .num_valid = static_cast<const int64_t*>(num_valid.data_ptr()),
+      .sampled = static_cast<const bool*>(sampled.data_ptr()),
+      .newest = static_cast<const int64_t*>(newest.data_ptr()),
+      .table = static_cast<const int32_t*>(block_table.data_ptr()),
+      .table_stride = block_table.stride(0),
+      .table_width = block_table.size(1),
+      .of_req = static_cast<const int64_t*>(of_req.data_ptr()),
+      .offset = static_cast<const int64_t*>(offset.data_ptr()),
+      .known = static_cast<const int64_t*>(known.data_ptr()),
+      .starts = static_cast<const int32_t*>(starts.data_ptr()),
+      .input_ids = static_cast<int64_t*>(input_ids.data_ptr()),
+      .positions = static_cast<int64_t*>(positions.data_ptr()),
+      .slots = static_cast<int64_t*>(slots.data_ptr()),
+      .seq_lens = static_cast<int32_t*>(seq_lens.data_ptr()),
+      .newest_rows = static_cast<int64_t*>(newest_rows.data_ptr()),
+      .newest_positions = static_cast<int64_t*>(newest_positions.data_ptr()),
+      .num_read = read.numel(),
+      .rows = rows,
+      .block_size = block_size,
+      .max_len = max_len,
+      .vocab_size = vocab_size,
+      .write = write,
+  };
+  const std::tuple outputs(input_ids, positions, slots, seq_lens, newest_rows, newest_positions);
+  if (rows == 0) return outputs;
+#ifdef EASYSPEC_CUDA
+  if (of_req.is_cuda()) {
+    on_device_of(of_req, [&](void* stream) { calibration_inputs_cuda(args, stream); });
+    return outputs;
+  }
+#endif
+  calibration_inputs_cpu(args);
+  return outputs;
 }
 
 Tensor group_rms_norm(const Tensor& x, const Tensor& weights, double eps) {
@@ -461,6 +537,7 @@ Tensor look_ahead(const Tensor& x,
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CPU, library) {
   library.impl("advance_draft_inputs", TORCH_BOX(&easyspec::advance_draft_inputs));
+  library.impl("calibration_inputs", TORCH_BOX(&easyspec::calibration_inputs));
   library.impl("group_rms_norm", TORCH_BOX(&easyspec::group_rms_norm));
   library.impl("prefix_sums", TORCH_BOX(&easyspec::prefix_sums));
   library.impl("rotate_and_store", TORCH_BOX(&easyspec::rotate_and_store));
@@ -474,6 +551,7 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CPU, library) {
 #ifdef EASYSPEC_CUDA
 STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CUDA, library) {
   library.impl("advance_draft_inputs", TORCH_BOX(&easyspec::advance_draft_inputs));
+  library.impl("calibration_inputs", TORCH_BOX(&easyspec::calibration_inputs));
   library.impl("group_rms_norm", TORCH_BOX(&easyspec::group_rms_norm));
   library.impl("prefix_sums", TORCH_BOX(&easyspec::prefix_sums));
   library.impl("rotate_and_store", TORCH_BOX(&easyspec::rotate_and_store));

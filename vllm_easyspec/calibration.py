@@ -10,12 +10,14 @@ gets as many rows as it may need, and the rows past its newest token are padding
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
 
 from vllm_easyspec.batch import DraftBatch
 from vllm_easyspec.drafter.paged_kv import Sequences
+from vllm_easyspec.ops import calibration_inputs
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,6 @@ class CalibrationStep:
     sequences: Sequences
     newest_rows: torch.Tensor  # [reqs] int64: the row of each request's newest token
     newest_positions: torch.Tensor  # [reqs] int64
-    num_tokens: torch.Tensor  # [reqs] int64: rows that are not padding
 
 
 class CalibrationScheduler:
@@ -48,12 +49,16 @@ class CalibrationScheduler:
         self.max_len = max_len
         self.block_size = block_size
         self.device = device
+        self._recent_layouts = lru_cache(maxsize=16)(self._layout)  # most rounds decode the last round's requests
 
     def layout(self, query_lens: np.ndarray, prefilling: np.ndarray) -> CalibrationLayout:
         """query_lens: `[reqs]`, tokens that the target read; prefilling: `[reqs] bool`."""
+        return self._recent_layouts(tuple(query_lens.tolist()), tuple(prefilling.tolist()))
+
+    def _layout(self, query_lens: tuple[int, ...], prefilling: tuple[bool, ...]) -> CalibrationLayout:
         # A decoding request's first token was calibrated when it was sampled; a prefilling one may end in a new token.
-        known = (~prefilling).astype(np.int64)
-        lens = query_lens + 1 - known
+        known = 1 - np.array(prefilling, dtype=np.int64)
+        lens = np.array(query_lens) + 1 - known
         starts = np.concatenate([[0], np.cumsum(lens)])
         reqs = np.repeat(np.arange(len(lens)), lens)
         offsets = np.arange(starts[-1]) - starts[:-1][reqs]
@@ -71,43 +76,35 @@ class CalibrationScheduler:
     def plan(self, batch: DraftBatch, layout: CalibrationLayout | None = None) -> CalibrationStep:
         """The pass for `batch`. With its layout given, nothing is copied from the host: a CUDA graph can record it."""
         layout = layout or self.layout(batch.query_lens, batch.prefilling)
-        of_req, offset = layout.of_req, layout.offset
-        num_tokens = batch.num_valid - layout.known + batch.sampled
-        source = offset + layout.known[of_req]
-        is_newest = source == batch.num_valid[of_req]
-        read = batch.input_ids[(batch.query_starts[of_req] + source).clamp_(max=batch.input_ids.shape[0] - 1)]
-        input_ids = torch.where(is_newest, batch.newest[of_req], read.long()).clamp_(0, self.vocab_size - 1)
-        first_positions = batch.start_positions + layout.known
-        positions = first_positions[of_req] + offset
-        live = offset < num_tokens[of_req]
+        input_ids, positions, slots, seq_lens, newest_rows, newest_positions = calibration_inputs(
+            batch.input_ids,
+            batch.query_starts,
+            batch.start_positions,
+            batch.num_valid,
+            batch.sampled,
+            batch.newest,
+            batch.block_table,
+            layout.of_req,
+            layout.offset,
+            layout.known,
+            layout.starts,
+            self.block_size,
+            self.max_len,
+            self.vocab_size,
+            not batch.dummy,
+        )
         sequences = Sequences(
-            positions=positions.clamp(max=self.max_len - 1),
-            slots=self.slots(batch, of_req, positions, live),
+            positions=positions,
+            slots=slots,
             query_start_loc=layout.starts,
             query_start_loc_cpu=layout.starts_cpu,
-            seq_lens=first_positions.int() + layout.starts.diff(),
+            seq_lens=seq_lens,
             seq_lens_bound=torch.from_numpy(batch.seq_lens_bound.astype(np.int32) + 1),
             block_table=batch.block_table,
             max_query_len=layout.max_rows,
             max_seq_len=int(batch.seq_lens_bound.max()) + 1,
         )
-        return CalibrationStep(
-            input_ids=input_ids,
-            sequences=sequences,
-            newest_rows=(layout.starts[:-1] + num_tokens - 1).clamp_(min=0),  # a row that a graph adds has no token
-            newest_positions=first_positions + num_tokens - 1,
-            num_tokens=num_tokens,
-        )
-
-    def slots(
-        self, batch: DraftBatch, of_req: torch.Tensor, positions: torch.Tensor, live: torch.Tensor
-    ) -> torch.Tensor:
-        """Cache slots `[rows] int64` of positions of the requests `of_req`; -1 for padding and past `max_len`."""
-        if batch.dummy:
-            return torch.full_like(positions, -1)
-        columns = (positions // self.block_size).clamp(max=batch.block_table.shape[1] - 1)
-        slots = batch.block_table[of_req, columns].long() * self.block_size + positions % self.block_size
-        return torch.where(live & (positions < self.max_len), slots, -1)
+        return CalibrationStep(input_ids, sequences, newest_rows, newest_positions)
 
     def only(self, step: CalibrationStep, batch: DraftBatch, prefilling: bool) -> CalibrationStep:
         """The same rows, but writing K/V of the prefilling (or of the decoding) requests alone."""

@@ -8,7 +8,7 @@ import platform
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -129,6 +129,68 @@ def advance_draft_inputs(
     query_positions.view(-1, rows).copy_(query)
     seq_lens.view(-1, rows).copy_(query + 1)
     slots.copy_(shift_slots(own, slots.numel() // rows, num_blocks * block_size).view_as(slots))
+
+
+def _fake_calibration_inputs(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    of_req, starts = arguments[7], arguments[10]
+    reqs = starts.shape[0] - 1
+    of_rows = (torch.empty_like(of_req) for _ in range(3))
+    return (*of_rows, starts.new_empty(reqs), of_req.new_empty(reqs), of_req.new_empty(reqs))
+
+
+@_operator(
+    "calibration_inputs(Tensor read, Tensor query_starts, Tensor start_positions, Tensor num_valid, Tensor sampled, "
+    "Tensor newest, Tensor block_table, Tensor of_req, Tensor offset, Tensor known, Tensor starts, int block_size, "
+    "int max_len, int vocab_size, bool write) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_calibration_inputs,
+)
+def calibration_inputs(
+    read: torch.Tensor,
+    query_starts: torch.Tensor,
+    start_positions: torch.Tensor,
+    num_valid: torch.Tensor,
+    sampled: torch.Tensor,
+    newest: torch.Tensor,
+    block_table: torch.Tensor,
+    of_req: torch.Tensor,
+    offset: torch.Tensor,
+    known: torch.Tensor,
+    starts: torch.Tensor,
+    block_size: int,
+    max_len: int,
+    vocab_size: int,
+    write: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a calibration pass reads and where it writes, from what the target read and how much of it stands.
+
+    read: `[tokens] int32`, what the target read; query_starts, start_positions, num_valid, newest: `[reqs] int64`;
+    sampled: `[reqs] bool`; block_table: `[at least reqs, width] int32`, its rows contiguous (these as in `DraftBatch`);
+    of_req, offset: `[rows] int64`, known: `[reqs] int64`, starts: `[reqs + 1] int32` (these as in
+    `CalibrationLayout`); max_len: the drafter's context; write: False for a batch that owns no pages.
+
+    Returns input_ids, positions (clamped to `max_len - 1`) and slots (-1 for rows past the newest token and positions
+    past `max_len`), `[rows] int64`; seq_lens `[reqs] int32`, up to the last row, padding or not; and newest_rows and
+    newest_positions `[reqs] int64`, the row and position of each request's newest token.
+
+    Raises RuntimeError (native only) for another dtype, size or layout.
+    """
+    num_tokens = num_valid - known + sampled
+    source = offset + known[of_req]
+    ids = read[(query_starts[of_req] + source).clamp_(max=read.shape[0] - 1)].long()
+    ids = torch.where(source == num_valid[of_req], newest[of_req], ids).clamp_(0, vocab_size - 1)
+    first = start_positions + known
+    positions = first[of_req] + offset
+    columns = (positions // block_size).clamp(max=block_table.shape[1] - 1)
+    slots = block_table[of_req, columns].long() * block_size + positions % block_size
+    written = (offset < num_tokens[of_req]) & (positions < max_len) & write
+    return (
+        ids,
+        positions.clamp(max=max_len - 1),
+        torch.where(written, slots, -1),
+        first.int() + starts.diff(),
+        (starts[:-1] + num_tokens - 1).clamp_(min=0),  # a row that a graph adds has no token
+        first + num_tokens - 1,
+    )
 
 
 @_operator(

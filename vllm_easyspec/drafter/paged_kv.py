@@ -124,6 +124,8 @@ class PagedKV:
 
     def virtual(self, sequences: Sequences, num_layers: int) -> Sequences:
         """The sequences of `num_layers` layers, layer by layer. They serve any group of that many."""
+        if num_layers == 1:
+            return sequences
         tokens = sequences.positions.shape[0]
         return replace(
             sequences,
@@ -161,8 +163,6 @@ class PagedKV:
 
 def _repeat_starts(starts: torch.Tensor, num_layers: int, tokens: int) -> torch.Tensor:
     """`[reqs + 1]` to `[num_layers * reqs + 1]`: each layer's sequences follow the last layer's tokens."""
-    if num_layers == 1:
-        return starts
     shifts = torch.arange(num_layers, dtype=starts.dtype, device=starts.device).unsqueeze(1) * tokens
     return torch.cat([(starts[:-1] + shifts).view(-1), starts[-1:] + (num_layers - 1) * tokens])
 
