@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "e2e"))
 
-from engines import audit, configure, easyspec, engine, greedy, mixed_prompts, stats  # noqa: E402
+from engines import AUDIT_LIMIT, audited, configure, easyspec, engine, greedy, mixed_prompts, stats  # noqa: E402
 
 from vllm_easyspec.bench.processes import alone  # noqa: E402
 from vllm_easyspec.bench.report import surroundings  # noqa: E402
@@ -24,7 +24,7 @@ from vllm_easyspec.bench.report import surroundings  # noqa: E402
 NEW_TOKENS = 48
 BATCHES = (1, 3, 8, 16)
 PLANS = {"1-4-4-1": [1, 4, 4, 1], "1-8-1": [1, 8, 1], "precise": [1] * 10}
-AUDIT_LIMIT = {"float32": 1e-4, "bfloat16": 0.25}  # the tiny drafter's keys are of order 1 to 10
+LARGEST_DIFFERENCE = {"float32": AUDIT_LIMIT, "bfloat16": 0.25}
 
 
 def arguments(device: str, dtype: str, graphs: bool) -> dict[str, Any]:
@@ -117,23 +117,10 @@ def check_identity(device: str, dtype: str, graphs: bool, xformers: bool) -> lis
                         "graphs": counted.get("graphs"),
                     }
                 )
-        pages = largest_audited(llm)
-    rows.append({"audited": len(pages), "largest_difference": max(pages), "allowed": AUDIT_LIMIT[dtype]})
+        llm.reset_prefix_cache()
+        pages = audited(llm, mixed_prompts(), NEW_TOKENS)
+    rows.append({"audited": len(pages), "largest_difference": max(pages), "allowed": LARGEST_DIFFERENCE[dtype]})
     return rows
-
-
-def largest_audited(llm: Any) -> list[float]:
-    """The audit's differences, every few steps of a batch in flight."""
-    core, found, step = llm.llm_engine, [], 0
-    llm.reset_prefix_cache()
-    for index, prompt in enumerate(mixed_prompts()):
-        core.add_request(f"audited-{index}", prompt, greedy(NEW_TOKENS))
-    while core.has_unfinished_requests():
-        core.step()
-        step += 1
-        if step % 4 == 0:
-            found += [request["largest_difference"] for request in audit(llm)]
-    return found
 
 
 def problems(rows: list[dict], graphs: bool) -> list[str]:

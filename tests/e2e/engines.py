@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[2]
 TARGET = ROOT / "examples" / "tiny-pair" / "target"
 DRAFTER = ROOT / "examples" / "tiny-pair" / "drafter"
 
+AUDIT_LIMIT = 1e-4  # float32; the tiny drafter's keys are of order 1 to 10
+
 SOURCES = (
     "def main(argv):\n    parser = ",
     "import os\nimport sys\n\n",
@@ -83,6 +85,21 @@ def stats(llm: LLM, reset: bool = False) -> list[dict]:
 def audit(llm: LLM) -> list[dict]:
     """The audit of all ranks in one list."""
     return [request for rank in llm.collective_rpc("easyspec_audit") for request in rank]
+
+
+def audited(llm: LLM, prompts: list[Any], max_tokens: int | list[int] = 60, every: int = 4) -> list[float]:
+    """The audit's difference for each live request on each rank, every few steps while `prompts` are answered."""
+    core, found, step = llm.llm_engine, [], 0
+    lengths = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
+    for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        core.add_request(f"audited-{index}", prompt, greedy(length))
+    while core.has_unfinished_requests():
+        core.step()
+        step += 1
+        if step % every == 0:
+            found += [request["largest_difference"] for request in audit(llm)]
+    assert len(found) >= len(prompts)
+    return found
 
 
 def metric(llm: LLM, name: str) -> float:

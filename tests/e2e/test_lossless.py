@@ -1,7 +1,19 @@
 """The target's greedy output stays what it is, token for token, whatever drafts and however it is served."""
 
 import pytest
-from engines import audit, configure, easyspec, engine, greedy, metric, mixed_prompts, stats, token_ids
+from engines import (
+    AUDIT_LIMIT,
+    audit,
+    audited,
+    configure,
+    easyspec,
+    engine,
+    greedy,
+    metric,
+    mixed_prompts,
+    stats,
+    token_ids,
+)
 
 pytestmark = pytest.mark.engine
 LAYERS = 10
@@ -20,7 +32,6 @@ REQUESTS = {  # more of what a request can ask for
     "min-tokens": dict(ignore_eos=False, min_tokens=30, stop_token_ids=[200, 222]),
     "logprobs": dict(logprobs=3, prompt_logprobs=2),
 }
-AUDIT_LIMIT = 1e-4  # float32; the tiny drafter's keys are of order 1 to 10
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +130,7 @@ def test_aborts_and_audit(llm, expected):
     core, prompts = llm.llm_engine, mixed_prompts()
     for index, prompt in enumerate(prompts):
         core.add_request(f"r{index}", prompt, greedy(60))
-    done, audited = {}, []
+    done, pages = {}, []
     for step in range(1000):
         if not core.has_unfinished_requests():
             break
@@ -127,32 +138,34 @@ def test_aborts_and_audit(llm, expected):
             if out.finished:
                 done[out.request_id] = list(out.outputs[0].token_ids)
         if step in (2, 6, 12):
-            audited += audit(llm)
+            pages += audit(llm)
         if step == 4:
             core.abort_request([f"r{index}" for index in range(0, 16, 2)])
     assert sorted(done) == sorted(f"r{index}" for index in range(1, 16, 2))
     for name, ids in done.items():
         assert ids[:40] == expected["short"][int(name[1:])]
-    assert len(audited) > 8 and max(request["tokens"] for request in audited) > 32
-    assert max(request["largest_difference"] for request in audited) < AUDIT_LIMIT
+    assert len(pages) > 8 and max(request["tokens"] for request in pages) > 32
+    assert max(request["largest_difference"] for request in pages) < AUDIT_LIMIT
 
 
 @pytest.mark.parametrize("hits", [False, True], ids=["cold", "prefix-hits"])
 def test_audit_is_clean_mid_flight(llm, hits):
     """Also with chunked prompts, and with pages that other requests calibrated."""
-    if not hits:
-        llm.reset_prefix_cache()
     configure(llm, scope="block", group_sizes=PLANS["1-8-1"], num_speculative_tokens=8)
-    audited = _audit_while_running(llm)
-    assert max(request["largest_difference"] for request in audited) < AUDIT_LIMIT
+    if hits:
+        token_ids(llm, mixed_prompts(), greedy(4))
+    else:
+        llm.reset_prefix_cache()
+    before = metric(llm, "vllm:prefix_cache_hits")
+    assert max(audited(llm, mixed_prompts())) < AUDIT_LIMIT
+    assert (metric(llm, "vllm:prefix_cache_hits") > before) or not hits
 
 
 def test_audit_after_preemption(llm):
     configure(llm, scope="attention", group_sizes=PLANS["1-8-1"], num_speculative_tokens=5)
     before = metric(llm, "vllm:num_preemptions")
-    audited = _audit_while_running(llm, max_tokens=180, every=7)
+    assert max(audited(llm, mixed_prompts(), max_tokens=180, every=7)) < AUDIT_LIMIT
     assert metric(llm, "vllm:num_preemptions") > before
-    assert max(request["largest_difference"] for request in audited) < AUDIT_LIMIT
 
 
 def test_audit_without_calibration(llm, expected):
@@ -160,8 +173,7 @@ def test_audit_without_calibration(llm, expected):
     llm.reset_prefix_cache()
     configure(llm, scope="attention", group_sizes=PLANS["1-8-1"], num_speculative_tokens=5, calibration="never")
     try:
-        audited = _audit_while_running(llm)
-        assert max(request["largest_difference"] for request in audited) > 100 * AUDIT_LIMIT
+        assert max(audited(llm, mixed_prompts())) > 100 * AUDIT_LIMIT
         assert token_ids(llm, mixed_prompts(), greedy(40)) == expected["short"]
     finally:
         configure(llm, calibration="every_round")
@@ -186,23 +198,16 @@ def test_counters(llm):
             assert draft["mlp_collectives"] == (0 if ranks == 1 else mlp_collectives * draft["passes"])
 
 
+@pytest.mark.parametrize("refused", [{"min_p": 0.1}, {"logit_bias": {5: 1.0}}])
+def test_what_vllm_refuses_with_speculation_leaves_the_engine_alive(llm, expected, refused):
+    with pytest.raises(ValueError, match="not yet supported with speculative decoding"):
+        llm.generate(mixed_prompts()[:1], greedy(4, **refused), use_tqdm=False)
+    assert token_ids(llm, mixed_prompts()[:2], greedy(40)) == expected["short"][:2]
+
+
 def test_bad_rpc_leaves_the_engine_alive(llm, expected):
     with pytest.raises(Exception, match="num_speculative_tokens=9"):
         configure(llm, num_speculative_tokens=9)
     with pytest.raises(Exception, match="add up to 9"):
         configure(llm, group_sizes=[9])
     assert token_ids(llm, mixed_prompts()[:2], greedy(40)) == expected["short"][:2]
-
-
-def _audit_while_running(llm, max_tokens: int = 60, every: int = 4) -> list[dict]:
-    core = llm.llm_engine
-    for index, prompt in enumerate(mixed_prompts()):
-        core.add_request(f"audited-{index}", prompt, greedy(max_tokens))
-    audited, step = [], 0
-    while core.has_unfinished_requests():
-        core.step()
-        step += 1
-        if step % every == 0:
-            audited += audit(llm)
-    assert len(audited) > 16
-    return audited

@@ -1,10 +1,9 @@
 """A plan and a K for each range of batch sizes, and plans swapped under load: lossless, with precise pages."""
 
 import pytest
-from engines import audit, configure, easyspec, engine, greedy, mixed_prompts, stats, token_ids
+from engines import AUDIT_LIMIT, audit, configure, easyspec, engine, greedy, mixed_prompts, stats, token_ids
 
 pytestmark = pytest.mark.engine
-AUDIT_LIMIT = 1e-4  # float32, as in test_lossless.py
 NEW_TOKENS = 60
 LENGTHS = [60] * 3 + [20] * 6 + [40] * 4 + [60] * 3  # tokens of each request
 BY_BATCH_SIZE = [[1, 4, 5], [5, 10, 3], [11, 16, 0]]  # first and last batch size, K

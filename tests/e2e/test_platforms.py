@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from engines import engine, greedy, mixed_prompts, token_ids
+from engines import AUDIT_LIMIT, engine, greedy, mixed_prompts, token_ids
 
 pytestmark = pytest.mark.engine
 HERE = Path(__file__).parent
@@ -32,7 +32,7 @@ def check(found: dict, expected: list[list[int]]) -> None:
     assert found["greedy"] == expected
     assert found["stats"][0]["accepted_at"][0] > 0
     assert len(found["audited"]) > 8
-    assert max(request["largest_difference"] for request in found["audited"]) < 1e-4
+    assert max(request["largest_difference"] for request in found["audited"]) < AUDIT_LIMIT
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -61,14 +61,21 @@ def pair(tmp_path_factory):
 
 
 @torch.no_grad()
-def pair_probabilities(model: LlamaForCausalLM, prompt: list[int], top_k: int | None = None) -> np.ndarray:
+def pair_probabilities(
+    model: LlamaForCausalLM, prompt: list[int], top_k: int | None = None, top_p: float | None = None
+) -> np.ndarray:
     """P(second token, third token) after `prompt`, `[VOCAB, VOCAB]`, by enumeration of the first two tokens."""
 
     def next_probabilities(sequences: torch.Tensor) -> torch.Tensor:
         logits = model(sequences).logits[:, -1].double()
         if top_k is not None:
             logits[logits < logits.topk(top_k).values[:, -1:]] = -torch.inf
-        return logits.softmax(-1)
+        probabilities = logits.softmax(-1)
+        if top_p is not None:  # the likeliest tokens up to the first that reaches top_p
+            ordered, order = probabilities.sort(-1, descending=True)
+            ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+            probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+        return probabilities / probabilities.sum(-1, keepdim=True)
 
     every = torch.arange(VOCAB)
     start = torch.tensor(prompt)
@@ -129,10 +136,12 @@ def test_distribution_is_the_targets(llm, pair, prompt):
         assert accepted[0] > 0.1 * DRAWS, "drafts must take part"
 
 
-def test_top_k(llm, pair):
+@pytest.mark.parametrize("limit", [{"top_k": 6}, {"top_p": 0.8}], ids=["top-k", "top-p"])
+def test_top_k_and_top_p(llm, pair, limit):
     _, target, _ = pair
-    draws = draw(llm, PROMPTS["room"], top_k=6)
-    allowed = pair_probabilities(target, PROMPTS["room"], top_k=6)
+    draws = draw(llm, PROMPTS["room"], **limit)
+    allowed = pair_probabilities(target, PROMPTS["room"], **limit)
+    assert (allowed == 0).any()
     assert (allowed[draws[:, 0], draws[:, 1]] > 0).all()
     assert p_value(draws, allowed) > 1e-3
 

@@ -4,7 +4,8 @@ Two passes over the same sequences, in the drafter's real ranks with its real pa
 fits every map on precise inputs. The second drafts from many positions, as a round does, with the given plans in both
 scopes and the maps of the first; it fits their maps again on the inputs that drafting really sees, so that they also
 correct what earlier groups left wrong. Each rank fits the maps of its own layers. Nothing grows with the text: a pair
-of layers keeps one matrix of moments, `[3 hidden + 1, 3 hidden + 1] float64`, and a second one of held-out sequences.
+of layers keeps moments in two matrices, `[3 hidden + 1, 3 hidden + 1]` and `[3 hidden + 1, 2 hidden] float64`, and as
+much again of held-out sequences.
 """
 
 import hashlib
@@ -221,6 +222,8 @@ class Fit:
             self._precise_pass(batch, moments)
             self.progress()
         self._install(self._solved(moments, self.hidden))
+        for pair in self._pairs_of_plans():  # fitted again, so their matrices make room
+            moments.pop(pair, None)
         if self.plans:
             drafted: dict[Pair, PairMoments] = {}
             for batch in batches:
@@ -236,6 +239,9 @@ class Fit:
         report["own_rate"] = [self._own_rates(batches, plan, scope) for plan in self.plans for scope in SCOPES]
         self.progress()
         return maps, report
+
+    def _pairs_of_plans(self) -> set[Pair]:
+        return {(group.start, i) for plan in self.plans for group in plan.groups for i in group[1:]}
 
     # ---- reading ----
 
@@ -433,6 +439,9 @@ def fit(drafter: str, texts: Sequence[Path], output: Path, ranks: int, settings:
     Raises `ConfigError` or `BenchmarkError` for what can't be used.
     """
     layers = read_drafter(drafter, revision=None).num_layers
+    if settings.length < SHORTEST + settings.num_drafts:
+        shortest = SHORTEST + settings.num_drafts
+        raise ConfigError(f"--length {settings.length} is too short to draft in: give {shortest} tokens or more")
     for sizes in settings.plans:
         try:
             LayerPlan.of_sizes(layers, sizes)
