@@ -19,5 +19,7 @@ def test_equal_drafts_pass():
 
 
 def test_other_drafts_raise():
-    with pytest.raises(RankError, match=r"draft ids of tensor-parallel rank 1 differ from rank 0's: \[\[3, 4\], \[5, 7"):
+    with pytest.raises(
+        RankError, match=r"draft ids of tensor-parallel rank 1 differ from rank 0's: \[\[3, 4\], \[5, 7"
+    ):
         run_ranks(2, compare, 1)
