@@ -3,7 +3,8 @@
 # TARGET       cuda or cpu; by itself cuda where nvidia-smi lists a GPU
 # TORCH_INDEX  PyTorch's CPU wheel index, for a CPU host whose pip does not know one
 # PYTHON       the Python that .venv is made of, 3.11 or newer; python3.11 where it exists, as the tests run on it
-# ARGS         more arguments for pytest, the demo or gpu-check
+# ARGS         more arguments for pytest, the demo, tune or gpu-check
+# RANKS, TUNED, TUNE_JSON    of make tune: ranks, and where its two results go
 
 TARGET ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 TARGET := $(TARGET)
@@ -31,12 +32,15 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py $(ARGS)
 
 # The tiny pair's tuned configuration, from held-out prompts; ARGS may add a time budget and the like.
+RANKS ?= 2
+TUNED ?= configs/tiny-pair-tuned.yaml
+TUNE_JSON ?= benchmarks/results/tune-$(TARGET).json
 tune: $(INSTALLED)
 	mkdir -p build
 	$(BIN)/python examples/tiny-pair/held_out.py build/held-out.jsonl
 	$(BIN)/vllm-easyspec tune --model examples/tiny-pair/target --config configs/tiny-pair-lookahead.yaml \
-		--prompts build/held-out.jsonl -o configs/tiny-pair-tuned.yaml --report build/tiny-pair-tuned.html \
-		--json benchmarks/results/tune-cpu.json --tensor-parallel-size 2 --batch-sizes 1,4 $(ARGS) \
+		--prompts build/held-out.jsonl -o $(TUNED) --report build/tiny-pair-tuned.html \
+		--json $(TUNE_JSON) --tensor-parallel-size $(RANKS) --batch-sizes 1,4 $(ARGS) \
 		-- --dtype float32 --max-model-len 1024 --kv-cache-memory-bytes 256M --enforce-eager
 
 test: $(INSTALLED)

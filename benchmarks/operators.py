@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 
 from vllm_easyspec import ops
-from vllm_easyspec.bench.report import surroundings
+from vllm_easyspec.bench.report import surroundings, table, write
 
 RANKS, NUM_BLOCKS, BLOCK_SIZE = 2, 100, 32
 
@@ -66,6 +66,7 @@ def cases(shape: Shape, tokens: int, layers: int, dtype: torch.dtype) -> dict[st
             NUM_BLOCKS,
             1 << 30,
         ),
+        "calibration_inputs": calibration(tokens, layers),
         "embed_shard": (torch.arange(tokens), randn(256, hidden), 4, 256),
         "group_rms_norm": (randn(tokens, hidden), norms, 1e-6),
         "prefix_sums": (randn(tokens, hidden), randn(layers, tokens, hidden)),
@@ -103,7 +104,41 @@ def cases(shape: Shape, tokens: int, layers: int, dtype: torch.dtype) -> dict[st
             0,
             1e-6,
         ),
+        "look_ahead": (
+            randn(layers, tokens, hidden),
+            randn(tokens, hidden),
+            randn(tokens, hidden),
+            randn(layers, 3 * hidden, hidden // 2).bfloat16(),
+            randn(layers, hidden // 2, hidden).bfloat16(),
+            randn(layers, hidden).bfloat16(),
+            layers,
+            False,
+            1e-6,
+        ),
     }
+
+
+def calibration(rows: int, requests: int) -> tuple:
+    """`rows` rows for each of some requests."""
+    of_req = torch.arange(requests).repeat_interleave(rows)
+    ones = torch.ones(requests, dtype=torch.int64)
+    return (
+        torch.ones(requests * (rows + 1), dtype=torch.int32),
+        torch.arange(requests) * (rows + 1),
+        ones * 255,
+        ones * rows,
+        ones > 0,
+        ones,
+        torch.ones(requests, 300, dtype=torch.int32),
+        of_req,
+        torch.arange(len(of_req)) % rows,
+        ones,
+        (torch.arange(requests + 1) * rows).int(),
+        BLOCK_SIZE,
+        1 << 30,
+        256,
+        True,
+    )
 
 
 def measure(repetitions: int) -> list[dict]:
@@ -144,23 +179,17 @@ def interleaved(operator, reference, arguments: tuple, repetitions: int) -> tupl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=100)
-    parser.add_argument("--json", metavar="FILE", help="keep the result here")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="keep the result here")
     arguments = parser.parse_args()
     if ops.WHY_NOT_NATIVE is not None:
         sys.exit(f"no native operators to measure: {ops.WHY_NOT_NATIVE}")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     result = surroundings() | {"rows": measure(arguments.repetitions)}
-    print("operator             | shape        | dtype    | tokens | layers | native us | reference us | speedup")
-    for row in result["rows"]:
-        print(
-            f"{row['operator']:20} | {row['shape']:12} | {row['dtype']:8} | {row['tokens']:6} | {row['layers']:6} | "
-            f"{row['native_us']:9.2f} | {row['reference_us']:12.2f} | {row['speedup']:7.2f}"
-        )
-    text = json.dumps(result, indent=1)
-    print(text)
-    if arguments.json:
-        Path(arguments.json).write_text(text + "\n")
+    header = ("operator", "shape", "dtype", "tokens", "layers", "native_us", "reference_us", "speedup")
+    print(table(header, ([row[name] for name in header] for row in result["rows"])))
+    print(json.dumps(result, indent=1))
+    write(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from serving import Server, ServerError, serve
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--tuned", type=Path, default=relative(ROOT / "configs/tiny-pair-tuned.yaml"), help="by vllm-easyspec tune"
     )
-    parser.add_argument("--tensor-parallel-size", type=int, default=2 if len(cores()) > 1 else 1, help="ranks")
+    parser.add_argument("--tensor-parallel-size", type=int, default=min(2, places()), help="ranks")
     parser.add_argument("--max-tokens", type=int, default=96, help="tokens an answer")
     return parser.parse_args()
 
@@ -120,6 +121,11 @@ def compare_tuned(options: argparse.Namespace) -> int:
     given = ["--model", options.model, "--untuned", options.config, "--tuned", options.tuned]
     given += ["--tensor-parallel-size", options.tensor_parallel_size]
     return subprocess.run([sys.executable, str(ROOT / "examples" / "compare.py"), *map(str, given)]).returncode
+
+
+def places() -> int:
+    """For how many ranks there is a GPU, or a core where there is none."""
+    return torch.cuda.device_count() or len(cores())
 
 
 def cores() -> list[int]:

@@ -77,16 +77,18 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "draft-step", help="one step of the drafter alone, in real ranks with real pages: fuzzy plans against precise"
     )
     step.add_argument("--drafter", metavar="PATH", required=True, help="a checkpoint's folder")
-    step.add_argument("--ranks", metavar="T", type=int, default=1, help="tensor-parallel processes (default: 1)")
+    step.add_argument("--ranks", metavar="T", type=_at_least(1), default=1, help="processes (default: 1)")
     step.add_argument(
         "--plans", metavar="SIZES", type=_integers("-"), nargs="+", help="such as 1-4-4-1 1-8-1 (default: groups of 4)"
     )
     step.add_argument("--batch", metavar="B,...", type=_integers(","), default=[1, 4, 8, 32])
-    step.add_argument("--context", metavar="N,...", type=_integers(","), default=[256, 2048])
+    step.add_argument(
+        "--context", metavar="N,...", type=_integers(","), help="(default: 256,2048, as far as the drafter's goes)"
+    )
     step.add_argument("--dtype", default="float32", choices=["bfloat16", "float16", "float32"])
     step.add_argument("--load-format", default="auto", help="vLLM's, such as dummy for random weights")
     step.add_argument("--mlp", default="auto", choices=["auto", "tensor", "replicate"])
-    step.add_argument("--repetitions", type=int, default=60)
+    step.add_argument("--repetitions", type=_at_least(1), default=60)
     _add_output(step)
     step.set_defaults(run=_bench_draft_step)
     engine = benchmarks.add_parser(
@@ -146,16 +148,20 @@ def _at_least(least: int) -> Callable[[str], int]:
 def _bench_draft_step(args: argparse.Namespace) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm_easyspec.bench import plot, report
-    from vllm_easyspec.bench.draft_step import measure
+    from vllm_easyspec.bench.draft_step import ROOM, measure
     from vllm_easyspec.drafter.plan import LayerPlan
     from vllm_easyspec.support import read_drafter
 
     report.check_writable(args.json)
     plot.check(args.plot)
-    layers = read_drafter(args.drafter, None).num_layers
+    shape = read_drafter(args.drafter, None)
+    longest = shape.max_position_embeddings - ROOM
+    args.context = args.context or [tokens for tokens in (256, 2048) if tokens <= longest] or [longest]
+    if max(args.context) > longest:
+        raise BenchmarkError(f"--context {max(args.context)} is more than {longest}, for which the drafter has room")
     for sizes in args.plans or []:
         try:
-            LayerPlan.of_sizes(layers, sizes)
+            LayerPlan.of_sizes(shape.num_layers, sizes)
         except ValueError as error:
             raise BenchmarkError(f"--plans {'-'.join(map(str, sizes))}: {error}") from error
     rows = measure(
@@ -296,13 +302,15 @@ def _add_fit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         help="plans to fit for, such as 1-4-4-1 1-8-1 (default: groups of 4); maps serve shorter groups too",
     )
     fit.add_argument(
-        "--longest-group", metavar="N", type=int, default=1, help="also maps for every group of up to N layers"
+        "--longest-group", metavar="N", type=_at_least(1), default=1, help="also maps for every group of up to N layers"
     )
-    fit.add_argument("--rank", metavar="R", type=int, help="of the maps (default: the lowest that fits nearly as well)")
-    fit.add_argument("--ranks", metavar="T", type=int, default=1, help="tensor-parallel processes (default: 1)")
-    fit.add_argument("--tokens", metavar="N", type=int, default=40_000, help="tokens to read (default: 40000)")
+    fit.add_argument("--rank", metavar="R", type=_at_least(1), help="(default: the lowest that fits nearly as well)")
+    fit.add_argument("--ranks", metavar="T", type=_at_least(1), default=1, help="processes (default: 1)")
+    fit.add_argument("--tokens", metavar="N", type=_at_least(1), default=40_000, help="tokens to read (default: 40000)")
     fit.add_argument("--length", metavar="N", type=int, default=256, help="tokens a sequence (default: 256)")
-    fit.add_argument("--num-speculative-tokens", metavar="K", type=int, default=5, help="drafts a round (default: 5)")
+    fit.add_argument(
+        "--num-speculative-tokens", metavar="K", type=_at_least(2), default=5, help="drafts a round (default: 5)"
+    )
     fit.add_argument(
         "--own",
         metavar="SHARE",

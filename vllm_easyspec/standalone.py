@@ -35,6 +35,7 @@ from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend, 
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_easyspec import plugin
+from vllm_easyspec.bench import BenchmarkError
 from vllm_easyspec.calibration import CalibrationScheduler
 from vllm_easyspec.compat import cpu_lists, usable_cpus
 from vllm_easyspec.config import OPTIONS_KEY, RuntimeOptions
@@ -235,7 +236,7 @@ class StandaloneDrafter:
 # ---- ranks ----
 
 
-class RankError(RuntimeError):
+class RankError(BenchmarkError):
     """A rank failed, died or ran out of time. The message names the rank and holds its traceback."""
 
 

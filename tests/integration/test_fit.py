@@ -116,6 +116,11 @@ def test_sequences_too_short_to_draft_in(text, tmp_path):
         fit(str(DRAFTER), [text], tmp_path / "maps.safetensors", 1, FitSettings(length=20))
 
 
+def test_plans_without_groups(text, tmp_path):
+    with pytest.raises(ConfigError, match="no map to fit: groups of one layer need none. Give --plans"):
+        fit(str(DRAFTER), [text], tmp_path / "maps.safetensors", 1, FitSettings(plans=((1,) * 10,)))
+
+
 def test_a_folder_without_a_tokenizer(text, tmp_path):
     (tmp_path / "config.json").write_text((DRAFTER / "config.json").read_text())
     with pytest.raises(ConfigError, match="has no tokenizer"):

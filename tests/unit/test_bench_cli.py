@@ -199,6 +199,8 @@ def test_lossy_float32_run_fails_and_keeps_its_result(capsys, monkeypatch, tmp_p
         (["--plans", "1-8-1", "1-4-4"], "--plans 1-4-4: group_sizes=[1, 4, 4] add up to 9"),
         (["--json", "no/such/folder.json"], "there is no folder no/such. Make it"),
         (["--drafter", "./nowhere"], "./nowhere"),
+        (["--context", "256,2020"], "--context 2020 is more than 2016, for which the drafter has room"),
+        (["--json", str(CONFIGS)], "can't be written: it is a folder"),
     ],
 )
 def test_bad_input_of_draft_step_is_one_line(capsys, arguments, message):

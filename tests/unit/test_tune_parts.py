@@ -109,6 +109,9 @@ WRONG = {
     "batch sizes": (["--batch-sizes", "0,1"], r"batch_sizes=\[0, 1\] is not allowed"),
     "a baseline": (["--baselines", "eagle"], "'eagle' is none of untuned, draft_model, none"),
     "K": (["--max-drafts", "2"], "max_drafts=2 is not allowed. Give at least 3"),
+    "the result in the configuration's place": (["-o", "untuned.yaml"], "-o untuned.yaml is the untuned configuration"),
+    "ranks after --": (["--", "-tp", "2"], r"--tensor-parallel-size is not allowed after --. Give tune's own --tens"),
+    "batch size after --": (["--", "--max-num-seqs", "2"], "--max-num-seqs is not allowed .* own --batch-sizes"),
     "a speculative configuration": (["--", "--speculative-config", "{}"], "tune tries its own. Give --config"),
 }
 

@@ -2,4 +2,4 @@
 
 
 class BenchmarkError(Exception):
-    """A benchmark can't run as asked, or found what must not be. The message is one line."""
+    """A benchmark can't run as asked, or found what must not be. The message says all that a user needs."""

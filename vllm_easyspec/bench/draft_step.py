@@ -22,6 +22,7 @@ from vllm_easyspec.standalone import StandaloneDrafter, run_ranks
 
 BANDWIDTH_BYTES = 1 << 28
 NUM_DRAFTS = 5  # K
+ROOM = 32  # positions after the context, for the drafts
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def _measure_rank(
         dtype=dtype,
         load_format=load_format,
         max_num_reqs=max(batches),
-        max_len=max(contexts) + 32,
+        max_len=max(contexts) + ROOM,
         graph_sizes=batches if current_platform.is_cuda() else (),
     )
     layers = drafter.model.shape.num_layers

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -35,18 +36,31 @@ def surroundings() -> dict:
 
 def check_writable(path: Path | None) -> None:
     """Raise `BenchmarkError` before anything is measured where the result could not be kept."""
-    if path is not None and not path.resolve().parent.is_dir():
-        raise BenchmarkError(
-            f"{path} can't be written: there is no folder {path.parent}. Make it, or name another file"
-        )
+    if path is None:
+        return
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        why = f"there is no folder {path.parent}. Make it, or name another file"
+    elif path.is_dir():
+        why = "it is a folder. Name a file"
+    elif not os.access(folder, os.W_OK):
+        why = f"files can't be made in {folder}. Name another file"
+    else:
+        return
+    raise BenchmarkError(f"{path} can't be written: {why}")
 
 
 def write(path: Path | None, result: dict[str, Any]) -> None:
-    """Keep the result as JSON. The file is whole at any time, also if this process is stopped."""
+    """Keep the result as JSON."""
     if path is not None:
-        unfinished = path.with_name(f"{path.name}.unfinished")
-        unfinished.write_text(json.dumps(result, indent=1) + "\n")
-        unfinished.replace(path)
+        write_text(path, json.dumps(result, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """The file is whole at any time, also if this process is stopped."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(text)
+    unfinished.replace(path)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -77,13 +91,13 @@ def _command() -> str:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with a + where it has changes; None where this is no checkout."""
+    """The checkout's commit, with a + where it has changes; None where this is no checkout or git is missing."""
 
     def git(*arguments: str) -> str | None:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
 
-    if not (ROOT / ".git").exists():
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
         return None
     commit = git("rev-parse", "HEAD")
     return f"{commit}+" if git("status", "--porcelain", "--untracked-files=no") else commit

@@ -10,12 +10,15 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_easyspec import plugin
 from vllm_easyspec.bench.prompts import read_prompts
-from vllm_easyspec.bench.report import check_writable, surroundings, write
+from vllm_easyspec.bench.report import check_writable, surroundings, write, write_text
 from vllm_easyspec.config import ConfigError
 from vllm_easyspec.tune.planner import Point
 from vllm_easyspec.tune.report import html_report
 from vllm_easyspec.tune.tuner import BASELINES, Findings, Settings, Tuner
 from vllm_easyspec.tune.written import as_written, tuned_yaml
+
+# Engine arguments that tune sets by itself, and by which of its options.
+TUNES_OWN = {"model": "--model", "tensor_parallel_size": "--tensor-parallel-size", "max_num_seqs": "--batch-sizes"}
 
 
 def run(args: argparse.Namespace) -> str:
@@ -24,6 +27,8 @@ def run(args: argparse.Namespace) -> str:
     out = args.out
     for path in (out, args.report, args.json):
         check_writable(path)
+    if out.resolve() == args.config.resolve():
+        raise ConfigError(f"-o {out} is the untuned configuration itself, with which the tuned one is compared")
     engine_args = _engine_args(args.model, args.tensor_parallel_size, args.engine_arguments)
     prompts = read_prompts(args.prompts, engine_args.tokenizer or args.model, args.prompt_tokens)
     settings = Settings(
@@ -46,17 +51,21 @@ def run(args: argparse.Namespace) -> str:
         "target": args.model,
         "drafter": as_written(settings.config)["model"],
     }
+
+    def keep(found: Findings) -> None:
+        text = _yaml(found, out, settings.config, about, args)
+        write_text(out, text)
+        if args.report:
+            write_text(args.report, html_report(found, about, text))
+        write(args.json, about | findings_json(found))
+
     try:
         found = tuner.tune()
-        out.write_text(_yaml(found, out, settings.config, about, args))
+        keep(found)
         tuner.compare(out)
-        text = _yaml(found, out, settings.config, about, args)  # with what the comparison gave
-        out.write_text(text)
+        keep(found)  # with what the comparison gave
     finally:
         tuner.progress.close()
-    if args.report:
-        args.report.write_text(html_report(found, about, text))
-    write(args.json, about | findings_json(found))
     return _summary(found, out, args.report)
 
 
@@ -65,6 +74,10 @@ def _engine_args(model: str, ranks: int, arguments: Sequence[str]) -> EngineArgs
     engine_args = EngineArgs.from_cli_args(parser.parse_args(list(arguments)))
     if engine_args.speculative_config is not None:
         raise ConfigError("--speculative-config is not allowed after --: tune tries its own. Give --config")
+    for field, instead in TUNES_OWN.items():
+        if getattr(engine_args, field) != getattr(EngineArgs, field):
+            option = f"--{field.replace('_', '-')}"
+            raise ConfigError(f"{option} is not allowed after --. Give tune's own {instead}, before it")
     engine_args.model = model
     engine_args.tensor_parallel_size = ranks
     return engine_args
@@ -134,7 +147,7 @@ def _summary(found: Findings, out: Path, report: Path | None) -> str:
     lines += [f"engines one after another, by wall-clock: {_arms(found)}"] if found.baselines else []
     lines += found.warnings()
     lines += [f"not finished: {part}" for part in found.unfinished]
-    lines += [f"{name} did not start: {why}" for name, why in found.failed.items()]
+    lines += [f"{name} failed: {why}" for name, why in found.failed.items()]
     return "\n".join([*lines, f"Written: {out}" + (f", {report}" if report else "")])
 
 

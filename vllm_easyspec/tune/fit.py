@@ -447,6 +447,8 @@ def fit(drafter: str, texts: Sequence[Path], output: Path, ranks: int, settings:
             LayerPlan.of_sizes(layers, sizes)
         except ValueError as error:
             raise ConfigError(f"--plans: {error}") from error
+    if not _reach([LayerPlan.of_sizes(layers, sizes) for sizes in settings.plans], layers, settings.longest_group):
+        raise ConfigError("no map to fit: groups of one layer need none. Give --plans with larger groups")
     sequences = cut(_tokenized(drafter, read_texts(texts)), settings.tokens, settings.length)
     batches = [sequences[start : start + BATCH] for start in range(0, len(sequences) - BATCH + 1, BATCH)]
     if not batches:

@@ -50,6 +50,10 @@ class Progress:
         self.interrupted = True
         self.unfinished.append(f"{self.phase}: interrupted")
 
+    def give_up(self, why: str) -> None:
+        """The phase can't go on."""
+        self.unfinished.append(f"{self.phase}: {why}")
+
     def close(self) -> None:
         self.bar.close()
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_easyspec import support
 from vllm_easyspec.bench.engine import bind_cpus
@@ -86,7 +87,7 @@ class Findings:
     times: dict[int, StageTimes] = field(default_factory=dict)  # by batch size
     confirmed: dict[int, dict[Point, Confirmed]] = field(default_factory=dict)  # by batch size
     baselines: dict[str, dict[int, float]] = field(default_factory=dict)  # by batch size: tokens a second, wall-clock
-    failed: dict[str, str] = field(default_factory=dict)  # baselines whose engine did not start, and why
+    failed: dict[str, str] = field(default_factory=dict)  # baselines whose engine did not start or died, and why
     unfinished: list[str] = field(default_factory=list)
 
     def predicted(self, batch_size: int) -> dict[Point, float]:
@@ -184,6 +185,10 @@ class Tuner:
                 self._climb(engine)
         except KeyboardInterrupt:
             self.progress.interrupt()
+        except (ConfigError, RuntimeError) as error:  # such as a cache too small for the largest batch size
+            if not self.found.times:
+                raise
+            self.progress.give_up(str(error))
         if not self.found.times:
             raise ConfigError(f"nothing to choose from was measured ({'; '.join(self.found.unfinished)})")
         return self.found
@@ -317,14 +322,14 @@ class Tuner:
 
     def _run_arm(self, name: str, speculative_config: dict[str, Any] | None) -> None:
         """Tokens a second at each batch size of an engine of its own."""
+        arguments, turns = changed(self.engine_args, speculative_config=speculative_config), self.settings.turns
         try:
-            arm = Engine(changed(self.engine_args, speculative_config=speculative_config), in_process=False)
-        except (RuntimeError, ValueError) as error:
-            self.found.failed[name] = str(error).splitlines()[0]
-            return
-        with running(arm) as engine:
-            turns = self.settings.turns
-            self.found.baselines[name] = {s: self.flights.wall_rate(engine, s, turns) for s in self.found.times}
+            with running(Engine(arguments, in_process=False)) as engine:
+                rates = {size: self.flights.wall_rate(engine, size, turns) for size in self.found.times}
+        except (RuntimeError, ValueError, EngineDeadError) as error:  # the others go on
+            self.found.failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
+            self.found.baselines[name] = rates
 
 
 def configured(config: EasySpecConfig, batch_size: int, num_layers: int) -> Point:
