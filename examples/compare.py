@@ -8,12 +8,14 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_easyspec import plugin, support
+from vllm_easyspec.bench.report import surroundings, write
 from vllm_easyspec.config import EasySpecConfig, load
 from vllm_easyspec.tune.engine import TunedEngine, running
 from vllm_easyspec.tune.flights import Flights, Pair, confirmed
@@ -25,7 +27,8 @@ PAIR = ROOT / "examples" / "tiny-pair"
 TOKENS = 64  # that each request writes
 
 
-def compare(model: Path, untuned: Path, tuned: Path, ranks: int, sizes: list[int], turns: int) -> None:
+def compare(model: Path, untuned: Path, tuned: Path, ranks: int, sizes: list[int], turns: int) -> list[dict[str, Any]]:
+    """A row for each batch size."""
     sys.path.insert(0, str(PAIR))
     from held_out import held_out_prompts
 
@@ -49,13 +52,14 @@ def compare(model: Path, untuned: Path, tuned: Path, ranks: int, sizes: list[int
         tokenizer = engine.llm.get_tokenizer()
         texts = held_out_prompts(48, 64, offset=3)
         prompts = [{"prompt_token_ids": tokenizer.encode(text)} for text in texts]
-        flights = Flights(prompts, max(sizes), most, TOKENS)
+        flights, rows = Flights(prompts, max(sizes), most, TOKENS), []
         for size in sizes:
             points = {
                 name: replace(configured(config, size, drafter.num_layers), lookahead=config.lookahead is not None)
                 for name, config in configs.items()
             }
-            report(size, points, measure(engine, flights, size, list(points.values()), turns))
+            rows.append(report(size, points, measure(engine, flights, size, list(points.values()), turns)))
+    return rows
 
 
 def measure(
@@ -68,7 +72,7 @@ def measure(
     return seen
 
 
-def report(size: int, points: dict[str, Point], seen: dict[Point, list[Pair]]) -> None:
+def report(size: int, points: dict[str, Point], seen: dict[Point, list[Pair]]) -> dict[str, Any]:
     print(f"\nbatch size {size}")
     rows = {name: confirmed(size, seen[point]) for name, point in points.items()}
     for name, row in rows.items():
@@ -82,6 +86,8 @@ def report(size: int, points: dict[str, Point], seen: dict[Point, list[Pair]]) -
         getattr(rows["tuned"], rate) / getattr(rows["untuned"], rate) for rate in ("stage_rate", "wall_rate")
     )
     print(f"  tuned over untuned: {stage:.2f} of the stages, {wall:.2f} by wall-clock")
+    arms = {name: {"point": str(points[name]), **vars(row)} for name, row in rows.items()}
+    return {"batch_size": size, "stages": round(stage, 3), "wall_clock": round(wall, 3), **arms}
 
 
 def main() -> None:
@@ -92,8 +98,10 @@ def main() -> None:
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    compare(args.model, args.untuned, args.tuned, args.tensor_parallel_size, args.batch_sizes, args.turns)
+    rows = compare(args.model, args.untuned, args.tuned, args.tensor_parallel_size, args.batch_sizes, args.turns)
+    write(args.json, surroundings() | {"rows": rows})
 
 
 if __name__ == "__main__":

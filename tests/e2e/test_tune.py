@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from engines import DRAFTER, TARGET, mixed_prompts
+from engines import DRAFTER, ROOT, TARGET, mixed_prompts
 
 from vllm_easyspec.config import EasySpecConfig
 
@@ -84,6 +84,18 @@ def test_what_was_measured(tuned):
 
 def test_report(tuned):
     assert (tuned / "tuned.html").read_text().count("<svg") == 1 + 2 + 1 + 1
+
+
+def test_two_configurations_in_turn(tmp_path):
+    """What ends the demo."""
+    out = tmp_path / "compared.json"
+    options = ["--batch-sizes", "2", "--turns", "1", "--json", str(out)]
+    done = subprocess.run([sys.executable, ROOT / "examples" / "compare.py", *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["batch_size"] == 2 and row["stages"] > 0 < row["wall_clock"]
+    assert row["untuned"]["point"] != row["tuned"]["point"] and row["tuned"]["tokens_a_round"] > 1
+    assert f"tuned over untuned: {row['stages']:.2f} of the stages" in done.stdout
 
 
 def test_interrupted(tmp_path):
