@@ -1,6 +1,10 @@
 """Builds the native operators (csrc/) where a compiler and torch are there; the rest is in pyproject.toml.
 
-Without them the package works all the same, on plain torch, and says so once when it is used.
+Without them the package works all the same, on plain torch, and says so once when it is used. Of the environment:
+
+    CUDA_HOME, CUDA_PATH      where CUDA's compiler is, if not the first on PATH
+    EASYSPEC_NVCC_ARCH        its -arch, by default all-major; native compiles for this machine's GPU alone, and sooner
+    EASYSPEC_NATIVE=required  a build without the operators fails
 """
 
 import os
@@ -33,9 +37,10 @@ class BuildNative(build_ext):
         if torch is None:
             raise CompileError("torch is not in this environment")
         flags = ["-fPIC", "-fvisibility=hidden", "-fopenmp-simd", "-Wall", "-Wno-psabi", *ext.extra_compile_args]
-        if with_cuda(torch):
+        if cuda := nvcc(torch):
             kinds, libraries = ["*.cpp", "*.cu"], ["-ltorch_cpu", "-ltorch_cuda"]
-            compiler = ["nvcc", "-arch=all-major", "-DEASYSPEC_CUDA", "-DUSE_CUDA", f"-Xcompiler={','.join(flags)}"]
+            arch = os.environ.get("EASYSPEC_NVCC_ARCH", "all-major")
+            compiler = [cuda, f"-arch={arch}", "-DEASYSPEC_CUDA", "-DUSE_CUDA", f"-Xcompiler={','.join(flags)}"]
         else:
             kinds, libraries = ["*.cpp"], ["-ltorch_cpu"]
             compiler = [os.environ.get("CXX", "c++"), *flags]
@@ -47,20 +52,29 @@ class BuildNative(build_ext):
         self.spawn(command)
 
 
-def with_cuda(torch: Path | None) -> bool:
-    return torch is not None and (torch / "lib" / "libtorch_cuda.so").exists() and shutil.which("nvcc") is not None
+def nvcc(torch: Path | None) -> str | None:
+    """CUDA's compiler; None where CUDA's kernels can't be built.
+
+    It is looked for as torch's own extensions look for it: in the toolkit that the environment names, then on PATH.
+    """
+    if torch is None or not (torch / "lib" / "libtorch_cuda.so").exists():
+        return None
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    folders = [*(os.path.join(home, "bin") for home in homes), os.environ.get("PATH", os.defpath)]
+    return shutil.which("nvcc", path=os.pathsep.join(folders))
 
 
 def native(name: str, *flags: str) -> Extension:
     # Optional: setuptools reports a failed build and goes on without. The limited API: it uses nothing of Python's.
+    optional = os.environ.get("EASYSPEC_NATIVE") != "required"
     sources = [str(path) for path in sorted(SOURCES.iterdir())]
-    return Extension(name, [], depends=sources, extra_compile_args=list(flags), optional=True, py_limited_api=True)
+    return Extension(name, [], depends=sources, extra_compile_args=list(flags), optional=optional, py_limited_api=True)
 
 
 # ops.py chooses by what the processor has. Few CPU kernels matter beside CUDA's, so there one build is enough.
 if platform.machine() == "x86_64":
     extensions = [native("vllm_easyspec._native", "-march=x86-64-v3")]
-    if not with_cuda(torch_folder()):
+    if nvcc(torch_folder()) is None:
         wide = ("-march=x86-64-v4", "-mprefer-vector-width=512")
         extensions.append(native("vllm_easyspec._native_avx512", *wide))
 else:

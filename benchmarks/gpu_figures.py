@@ -5,13 +5,17 @@ layers, so that drafting dominates; vLLM's `draft_model` and easyspec under thre
 what `propose` takes on the device, both timed by the same clock. `engine ARM`: a target of Qwen2.5 32B's shape with a
 drafter of Qwen2.5 0.5B's shape, K=5, a synthetic acceptance length of 4. The target gets the drafter's vocabulary of
 151,936 (its own has 128 rows more), since vLLM refuses draft_model otherwise.
+
+A plan is swapped in a running engine, then its CUDA graphs are captured. If rounds drafted eagerly all the same, though
+there are graphs, the exit code is 1 in the end; the figures are kept.
 """
 
 import argparse
 import json
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -20,7 +24,8 @@ from typing import Any
 import torch
 
 from vllm_easyspec.bench.processes import alone
-from vllm_easyspec.bench.report import surroundings
+from vllm_easyspec.bench.report import surroundings, write
+from vllm_easyspec.bench.step_clock import StepClock
 from vllm_easyspec.drafter.plan import LayerPlan
 from vllm_easyspec.metrics import StageClock
 
@@ -38,33 +43,20 @@ TINY = dict(  # a CPU's rehearsal
     head_dim=32,
     vocab_size=512,
 )
+# On a GPU so many that neither its cache nor the time of a launch counts.
 BANDWIDTH_BYTES = {"cuda": 1 << 32, "cpu": 1 << 26}
+# Positions after the last token: a round whose drafts may fill the context is not drafted from graphs, and the host
+# takes all drafts of the rounds that it has not seen yet for accepted.
+ROOM = 64
+DRAFT_MODEL_SHOWS = ("speculator", "compilation_mode", "cudagraph_mode", "speculator_compiled", "speculator_graphs")
 
 
-class DraftTimer:
-    """vLLM's `worker_extension_cls`: times `propose` of whichever speculator the worker has."""
-
-    def time_propose(self) -> None:
-        """Time every later call, and forget the earlier ones."""
-        speculator = self.model_runner.speculator  # type: ignore[attr-defined]
-        if not hasattr(self, "propose_clock"):
-            self.propose = speculator.propose
-            speculator.propose = self._timed_propose
-        self.propose_clock = StageClock(speculator.device, window=1 << 20)
-
-    def _timed_propose(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.propose_clock.start("draft")
-        drafts = self.propose(*args, **kwargs)
-        self.propose_clock.stop("draft")
-        return drafts
-
-    def propose_ms(self) -> float | None:
-        """The median since `time_propose`."""
-        return self.propose_clock.medians()["draft"]
+class Probe(StepClock):
+    """vLLM's `worker_extension_cls`: the clock, and what a step has to read against how fast this device reads."""
 
     def read_bandwidth(self) -> float:
         """Bytes a second that a sum reads from the device's memory, the best of ten."""
-        device = self.model_runner.speculator.device  # type: ignore[attr-defined]
+        device = self.model_runner.device
         data = torch.ones(BANDWIDTH_BYTES[device.type] // 4, dtype=torch.float32, device=device)
         clocks = []
         for _ in range(10):
@@ -77,18 +69,9 @@ class DraftTimer:
 
     def step_bytes(self, batch: int, context: int) -> int:
         """What one step of easyspec's drafter reads: its weights but for unused rows of the embedding, and the K/V."""
-        from vllm_easyspec.bench.draft_step import _bytes_a_step
+        from vllm_easyspec.bench.draft_step import bytes_a_step
 
-        return _bytes_a_step(self.model_runner.speculator, batch, context)  # type: ignore[attr-defined]
-
-    def drafter_state(self) -> dict:
-        """How vLLM runs the drafter: whether anything of it is compiled or captured."""
-        compilation = self.vllm_config.compilation_config  # type: ignore[attr-defined]
-        return {
-            "compilation_mode": str(compilation.mode),
-            "cudagraph_mode": str(compilation.cudagraph_mode),
-            "speculator": type(self.model_runner.speculator).__qualname__,  # type: ignore[attr-defined]
-        }
+        return bytes_a_step(self.model_runner.speculator, batch, context)
 
 
 @contextmanager
@@ -102,11 +85,13 @@ def shape(name: str, device: str, **changes: Any) -> Iterator[str]:
 
 
 @contextmanager
-def engine(target: str, device: str, speculative: dict | None, batch: int, length: int) -> Iterator[Any]:
+def engine(
+    target: str, device: str, speculative: dict | None, batch: int, length: int, gpu_share: float = 0.6
+) -> Iterator[Any]:
     from vllm import LLM
 
     synthetic = dict(rejection_sample_method="synthetic", synthetic_acceptance_length=ACCEPTANCE_LENGTH)
-    where = dict(kv_cache_memory_bytes=1 << 28) if device == "cpu" else dict(gpu_memory_utilization=0.6)
+    where = dict(kv_cache_memory_bytes=1 << 28) if device == "cpu" else dict(gpu_memory_utilization=gpu_share)
     llm = LLM(
         target,
         load_format="dummy",
@@ -115,7 +100,8 @@ def engine(target: str, device: str, speculative: dict | None, batch: int, lengt
         max_model_len=length,
         max_num_seqs=batch,
         enable_prefix_caching=False,
-        worker_extension_cls="benchmarks.gpu_figures.DraftTimer",
+        # Processes of the engine have this folder on their path, since this one has.
+        worker_extension_cls=f"{Path(__file__).stem}.{Probe.__name__}",
         speculative_config=speculative and speculative | synthetic | dict(num_speculative_tokens=DRAFTS),
         **where,
     )
@@ -149,7 +135,26 @@ def plans(layers: int) -> dict[str, dict]:
     }
 
 
-def measure_stages(name: str, device: str, save: Any) -> None:
+def use(llm: Any, plan: dict, batch: int) -> None:
+    """Draft so from now on, from graphs where there are any: for `batch` requests, and for fewer towards their end."""
+    llm.collective_rpc("easyspec_configure", kwargs=plan)
+    wanted = dict(batch_sizes=list(range(1, batch + 1)), num_speculative_tokens=[DRAFTS])
+    llm.collective_rpc("easyspec_capture", kwargs=wanted)
+
+
+def drafted_eagerly(rows: list[dict]) -> list[str]:
+    """Rows whose rounds did not all draft from graphs, though there are some: they can't be compared with others."""
+    return [
+        f"{row['arm']}, batch {row['batch']}: {row['graphs']['eager_rounds']} rounds drafted without a CUDA graph"
+        for row in rows
+        if "graphs" in row and row["graphs"]["captured"] and row["graphs"]["eager_rounds"]
+    ]
+
+
+Save = Callable[[str, list[dict]], None]  # of a drafter's rows
+
+
+def measure_stages(name: str, device: str, save: Save) -> list[dict]:
     """Rows: the drafting stage and its steps of one drafter, by batch size."""
     with shape(name, device) as drafter, shape(name, device, num_hidden_layers=2) as target:
         rows = alone(time_draft_model, target, drafter, device)
@@ -158,6 +163,7 @@ def measure_stages(name: str, device: str, save: Any) -> None:
         for row in alone(time_easyspec, target, drafter, device):
             rows.append(row | {"draft_model_over_stage": round(baseline[row["batch"]] / row["stage_ms"], 2)})
         save(name, rows)
+        return rows
 
 
 def stage_sizes(device: str) -> tuple[int, int, int, tuple[int, ...]]:
@@ -169,15 +175,16 @@ def time_draft_model(target: str, drafter: str, device: str) -> list[dict]:
     context, new_tokens, turns, batches = stage_sizes(device)
     rows = []
     spec = dict(method="draft_model", model=drafter)
-    with engine(target, device, spec, max(batches), context + new_tokens + 16) as llm:
-        state = llm.collective_rpc("drafter_state")[0]
+    with engine(target, device, spec, max(batches), context + new_tokens + ROOM) as llm:
+        resolved = llm.collective_rpc("bench_attach")[0]
+        shown = {name: resolved[name] for name in DRAFT_MODEL_SHOWS}
         for batch in batches:
             generate(llm, batch, context, new_tokens)  # warms up
-            llm.collective_rpc("time_propose")
+            llm.collective_rpc("bench_times")
             for _ in range(turns):
                 generate(llm, batch, context, new_tokens)
-            stage = llm.collective_rpc("propose_ms")[0]
-            rows.append({"arm": "draft_model", "batch": batch, "stage_ms": round(stage, 4)} | state)
+            stage = llm.collective_rpc("bench_times")[0]["draft"]
+            rows.append({"arm": "draft_model", "batch": batch, "stage_ms": round(stage, 4)} | shown)
     return rows
 
 
@@ -186,21 +193,22 @@ def time_easyspec(target: str, drafter: str, device: str) -> list[dict]:
     context, new_tokens, turns, batches = stage_sizes(device)
     rows = []
     spec = dict(method="easyspec", model=drafter)
-    with engine(target, device, spec, max(batches), context + new_tokens + 16) as llm:
+    with engine(target, device, spec, max(batches), context + new_tokens + ROOM) as llm:
         chosen = plans(json.loads((Path(drafter) / "config.json").read_text())["num_hidden_layers"])
         bandwidth = llm.collective_rpc("read_bandwidth")[0]
+        llm.collective_rpc("bench_attach")
         for batch in batches:
             taken: dict[str, list[tuple]] = {arm: [] for arm in chosen}
             graphs = {}
             for turn in range(turns + 1):
                 for arm, plan in chosen.items():
-                    llm.collective_rpc("easyspec_configure", kwargs=plan)
-                    llm.collective_rpc("time_propose")
+                    use(llm, plan, batch)
+                    llm.collective_rpc("bench_times")
                     generate(llm, batch, context, new_tokens)
                     counted = llm.collective_rpc("easyspec_stats")[0]
-                    times, graphs[arm] = counted["stage_ms"], counted.get("graphs")
+                    times, graphs[arm] = counted["stage_ms"], counted["graphs"]
                     if turn:
-                        stage = llm.collective_rpc("propose_ms")[0]
+                        stage = llm.collective_rpc("bench_times")[0]["draft"]
                         taken[arm].append((stage, times["calibrate"], times["draft"] / (DRAFTS - 1)))
             moved = llm.collective_rpc("step_bytes", args=(batch, context + new_tokens // 2))[0]
             floor = 1e3 * moved / bandwidth
@@ -224,29 +232,36 @@ def time_easyspec(target: str, drafter: str, device: str) -> list[dict]:
     return rows
 
 
-def measure_engine(arm: str, device: str, save: Any) -> None:
-    """Rows: tokens a second of a whole engine, the prompt's time included."""
+def measure_engine(arm: str, device: str, save: Save) -> list[dict]:
+    """Rows: tokens a second of a whole engine, the prompt's time included. They are kept after each turn."""
     prompt_tokens, new_tokens, turns = (128, 256, 3) if device == "cuda" else (16, 16, 1)
     batches = (1, 8) if device == "cuda" else (1, 2)
     rows: list[dict] = []
     with shape(DRAFTER, device) as drafter, shape(TARGET, device, vocab_size=vocabulary(drafter)) as target:
+        layers = json.loads((Path(drafter) / "config.json").read_text())["num_hidden_layers"]
+        chosen: dict[str, dict] = plans(layers) if arm == "easyspec" else {arm: {}}
         spec = None if arm == "none" else dict(method=arm, model=drafter)
-        with engine(target, device, spec, max(batches), prompt_tokens + new_tokens + 16) as llm:
-            layers = json.loads((Path(drafter) / "config.json").read_text())["num_hidden_layers"]
-            chosen: dict[str, dict] = plans(layers) if arm == "easyspec" else {arm: {}}
-            for batch in batches:
-                taken: dict[str, list[float]] = {name: [] for name in chosen}
-                for turn in range(turns + 1):
-                    for name, plan in chosen.items():
-                        if plan:
-                            llm.collective_rpc("easyspec_configure", kwargs=plan)
-                        took = generate(llm, batch, prompt_tokens, new_tokens)
-                        if turn:
-                            taken[name].append(took)
-                for name, seconds in taken.items():
-                    rate = batch * new_tokens / median(seconds)
-                    rows.append({"arm": name, "batch": batch, "tokens_a_second": round(rate, 1)})
-                save(DRAFTER, rows)
+        # The target's weights alone take 61 GiB.
+        with engine(target, device, spec, max(batches), prompt_tokens + new_tokens + ROOM, gpu_share=0.9) as llm:
+            taken: dict[tuple[str, int], list[float]] = {(name, batch): [] for batch in batches for name in chosen}
+            graphs = {}
+            for turn in range(turns + 1):  # the first warms up
+                for (name, batch), seconds in taken.items():
+                    if plan := chosen[name]:
+                        use(llm, plan, batch)
+                    took = generate(llm, batch, prompt_tokens, new_tokens)
+                    if plan:
+                        graphs[name, batch] = {"graphs": llm.collective_rpc("easyspec_stats")[0]["graphs"]}
+                    if turn:
+                        seconds.append(took)
+                if turn:
+                    rows = [
+                        {"arm": name, "batch": batch, "tokens_a_second": round(batch * new_tokens / median(seconds), 1)}
+                        | graphs.get((name, batch), {})
+                        for (name, batch), seconds in taken.items()
+                    ]
+                    save(DRAFTER, rows)
+    return rows
 
 
 def vocabulary(folder: str) -> int:
@@ -264,9 +279,11 @@ def main() -> None:
 
     def save(drafter: str, rows: list[dict]) -> None:
         named = [{"drafter": drafter} | row for row in rows]
-        args.json.write_text(json.dumps(around | {"rows": named}, indent=1) + "\n")
+        write(args.json, around | {"rows": named})
 
-    {"stages": measure_stages, "engine": measure_engine}[args.figure](args.of, args.device, save)
+    rows = {"stages": measure_stages, "engine": measure_engine}[args.figure](args.of, args.device, save)
+    if eager := drafted_eagerly(rows):
+        sys.exit("\n".join(eager))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
+from vllm_easyspec.bench.report import write
 from vllm_easyspec.drafter.architectures import DrafterShape
 from vllm_easyspec.drafter.placement import MlpPlacement, choose_mlp
 from vllm_easyspec.drafter.plan import LayerPlan
@@ -249,8 +250,7 @@ def main() -> None:
     print(f"microseconds a step; {hardware}\n")
     print_steps(found)
     print_prompts(hardware, args.prompt)
-    if args.json:
-        args.json.write_text(json.dumps({"hardware": vars(hardware), "rows": found}, indent=1) + "\n")
+    write(args.json, {"hardware": vars(hardware), "rows": found})
 
 
 if __name__ == "__main__":

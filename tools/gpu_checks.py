@@ -4,12 +4,13 @@
 float32 every token must be the same. In bfloat16 kernels of different shapes round differently, so a first difference
 is allowed where the target's own two best tokens lie closer together than twice the noise: the largest difference
 between the log-probability of a generated token when it was decoded and when it is read again as a prompt. The audit
-runs in the middle, and counters tell whether CUDA graphs ran.
+runs in the middle, and counters tell whether CUDA graphs ran. Rows are kept as they come, a plan at a time.
 """
 
 import argparse
-import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +20,11 @@ sys.path.insert(0, str(ROOT / "tests" / "e2e"))
 from engines import AUDIT_LIMIT, audited, configure, easyspec, engine, greedy, mixed_prompts, stats  # noqa: E402
 
 from vllm_easyspec.bench.processes import alone  # noqa: E402
-from vllm_easyspec.bench.report import surroundings  # noqa: E402
+from vllm_easyspec.bench.report import surroundings, write  # noqa: E402
+from vllm_easyspec.drafter.xformers_attention import why_unusable  # noqa: E402
 
 NEW_TOKENS = 48
+DRAFTS = 5
 BATCHES = (1, 3, 8, 16)
 PLANS = {"1-4-4-1": [1, 4, 4, 1], "1-8-1": [1, 8, 1], "precise": [1] * 10}
 LARGEST_DIFFERENCE = {"float32": AUDIT_LIMIT, "bfloat16": 0.25}
@@ -87,21 +90,25 @@ def target_alone(device: str, dtype: str, graphs: bool) -> tuple[dict[int, list[
         return expected, noise(llm, expected[max(BATCHES)])
 
 
-def check_identity(device: str, dtype: str, graphs: bool, xformers: bool) -> list[dict]:
-    if xformers:
-        from vllm_easyspec.drafter.xformers_attention import why_unusable
+def use(llm: Any, scope: str, sizes: list[int]) -> None:
+    """Draft so from now on. Graphs, if the engine has any, are captured for all batches that answers shrink through."""
+    configure(llm, scope=scope, group_sizes=sizes)
+    batches = list(range(1, max(BATCHES) + 1))
+    llm.collective_rpc("easyspec_capture", kwargs=dict(batch_sizes=batches, num_speculative_tokens=[DRAFTS]))
 
-        if why_unusable():
-            return [{"skipped": why_unusable()}]
+
+def check_identity(
+    device: str, dtype: str, graphs: bool, xformers: bool, save: Callable[[list[dict]], None]
+) -> list[dict]:
     expected, measured_noise = alone(target_alone, device, dtype, graphs)
     allowed = 0.0 if dtype == "float32" else 2 * measured_noise
     shared = arguments(device, dtype, graphs)
     more = {"grouped_attention": "xformers"} if xformers else {}
-    rows = []
-    with engine(speculative_config=easyspec(num_speculative_tokens=5, **more), **shared) as llm:
+    rows: list[dict] = []
+    with engine(speculative_config=easyspec(num_speculative_tokens=DRAFTS, **more), **shared) as llm:
         for scope in ("attention", "block"):
             for name, sizes in PLANS.items():
-                configure(llm, scope=scope, group_sizes=sizes)
+                use(llm, scope, sizes)
                 gaps = [gap for batch in BATCHES for gap in first_differences(expected[batch], answers(llm, batch))]
                 counted = stats(llm)[0]
                 rows.append(
@@ -114,12 +121,15 @@ def check_identity(device: str, dtype: str, graphs: bool, xformers: bool) -> lis
                         "allowed_gap": allowed,
                         "noise": measured_noise,
                         "tokens_a_round": counted["tokens_a_round"],
-                        "graphs": counted.get("graphs"),
+                        "rounds": counted["rounds"],
+                        "graphs": counted["graphs"],
                     }
                 )
+                save(rows)
         llm.reset_prefix_cache()
         pages = audited(llm, mixed_prompts(), NEW_TOKENS)
     rows.append({"audited": len(pages), "largest_difference": max(pages), "allowed": LARGEST_DIFFERENCE[dtype]})
+    save(rows)
     return rows
 
 
@@ -131,8 +141,12 @@ def problems(rows: list[dict], graphs: bool) -> list[str]:
             wrong.append(f"output differs where the target is sure: {row}")
         if "plan" in row and row["tokens_a_round"] < 1.5:
             wrong.append(f"hardly a draft was accepted: {row}")
-        if "plan" in row and graphs and not (row["graphs"] or {}).get("replays"):
-            wrong.append(f"no CUDA graph of the drafter was replayed: {row}")
+        if "plan" in row and graphs:
+            drafted = row["rounds"] - row["graphs"]["eager_rounds"]  # from a graph
+            if drafted < row["rounds"]:
+                wrong.append(f"{row['rounds'] - drafted} of {row['rounds']} rounds drafted without a CUDA graph: {row}")
+            if row["graphs"]["replays"] <= drafted:
+                wrong.append(f"no calibration came from a CUDA graph: {row}")
         if "audited" in row and not (row["audited"] and row["largest_difference"] <= row["allowed"]):
             wrong.append(f"the drafter's pages are not precise: {row}")
     return wrong
@@ -147,9 +161,18 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
-    rows = check_identity(args.device, args.dtype, args.graphs, args.xformers)
-    result = surroundings() | {"rows": rows}
-    args.json.write_text(json.dumps(result, indent=1) + "\n")
+    if args.dtype == "float32":
+        # On NVIDIA Triton multiplies float32 in TF32 unless told otherwise, which vLLM's attention kernels don't do:
+        # with 10 bits of mantissa, equal tokens and precise pages could not be asked for.
+        os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
+    around = surroundings()
+    skipped = why_unusable() if args.xformers else None
+    if skipped:
+        write(args.json, around | {"skipped": skipped})
+        return
+    rows = check_identity(
+        args.device, args.dtype, args.graphs, args.xformers, lambda rows: write(args.json, around | {"rows": rows})
+    )
     wrong = problems(rows, args.graphs)
     if wrong:
         sys.exit("\n".join(wrong))

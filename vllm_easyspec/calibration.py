@@ -14,6 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_easyspec.batch import DraftBatch
 from vllm_easyspec.drafter.paged_kv import Sequences
@@ -62,13 +63,13 @@ class CalibrationScheduler:
         starts = np.concatenate([[0], np.cumsum(lens)])
         reqs = np.repeat(np.arange(len(lens)), lens)
         offsets = np.arange(starts[-1]) - starts[:-1][reqs]
-        rows = torch.from_numpy(np.stack([reqs, offsets])).to(self.device, non_blocking=True)
+        rows = async_tensor_h2d(np.stack([reqs, offsets]), self.device)
         starts_cpu = torch.from_numpy(starts.astype(np.int32))
         return CalibrationLayout(
             of_req=rows[0],
             offset=rows[1],
-            known=torch.from_numpy(known).to(self.device, non_blocking=True),
-            starts=starts_cpu.to(self.device, non_blocking=True),
+            known=async_tensor_h2d(known, self.device),
+            starts=async_tensor_h2d(starts_cpu, self.device),
             starts_cpu=starts_cpu,
             max_rows=int(lens.max()),
         )

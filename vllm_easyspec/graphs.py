@@ -53,12 +53,17 @@ class DraftGraph(BatchExecutionDescriptor):
 
 
 class DraftGraphs(CudaGraphManager):
-    """Graphs for vLLM's capture sizes, as numbers of requests. vLLM drops and remakes it around memory profiling."""
+    """Graphs for vLLM's capture sizes, as numbers of requests, and for a full batch.
+
+    vLLM drops and remakes it around memory profiling.
+    """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, mode: CUDAGraphMode):
         super().__init__(vllm_config, device, mode, decode_query_len=1)
-        self.sizes = sorted(desc.num_reqs or 0 for desc in self._capture_descs.get(CUDAGraphMode.FULL, []))
+        sizes = {desc.num_reqs or 0 for desc in self._capture_descs.get(CUDAGraphMode.FULL, [])}
         self.max_tokens = self.compilation_config.max_cudagraph_capture_size or 0
+        # vLLM's sizes are a grid of tokens; a full batch is the one that most needs a graph.
+        self.sizes = sorted(sizes | {min(self.max_num_reqs, self.max_tokens)}) if sizes else []
         self.counters: dict[BatchExecutionDescriptor, PassCounters] = {}
 
     def padded(self, num_reqs: int) -> int:

@@ -7,6 +7,7 @@ from statistics import median
 
 import numpy as np
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_easyspec.batch import DraftBatch
 from vllm_easyspec.drafter.plan import LayerPlan, Scope
@@ -99,7 +100,7 @@ class DraftStatistics:
         if not batch.prefilling.any() and tested.all():
             self.stood[1].scatter_add_(0, batch.num_valid, self.ones.expand(batch.num_reqs))
             return
-        masks = torch.from_numpy(np.stack([batch.prefilling, tested])).to(self.device, non_blocking=True)
+        masks = async_tensor_h2d(np.stack([batch.prefilling, tested]), self.device)
         prefilling, read_drafts = masks
         self.calibrated_prefill_tokens += ((batch.num_valid + batch.sampled) * prefilling).sum()
         cells = read_drafts * self.stood.shape[1] + batch.num_valid.clamp(max=self.max_drafts + 1)

@@ -417,7 +417,9 @@ def _load_native() -> str | None:
     capability = torch.backends.cpu.get_cpu_capability()
     if platform.machine() == "x86_64" and capability == "DEFAULT":
         return "this processor has no AVX2"
-    names = ["_native_avx512", "_native"] if capability == "AVX512" else ["_native"]
+    on_gpu = torch.version.cuda or torch.version.hip
+    # Where there are GPUs one build holds everything; a wider one may lie about from before.
+    names = ["_native_avx512", "_native"] if capability == "AVX512" and not on_gpu else ["_native"]
     built = [path for name in names for path in Path(__file__).parent.glob(f"{name}.*so")]
     if not built:
         return "they have not been built"
@@ -425,9 +427,7 @@ def _load_native() -> str | None:
         torch.ops.load_library(built[0])
     except OSError as error:
         return f"they do not load: {error}"
-    if torch.version.cuda and not torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"{NAMESPACE}::group_rms_norm", "CUDA"
-    ):
+    if on_gpu and not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::group_rms_norm", "CUDA"):
         return "they were built without nvcc, for the CPU only"
     return None
 

@@ -27,6 +27,7 @@ from vllm_easyspec.drafter.model import LayerParallelDrafter
 from vllm_easyspec.drafter.paged_kv import DrafterAttention, PagedKV, UnpagedPass
 from vllm_easyspec.drafter.plan import SCOPES, LayerPlan, Scope
 from vllm_easyspec.drafter.xformers_attention import choose as choose_attention
+from vllm_easyspec.drafter.xformers_attention import is_chosen
 from vllm_easyspec.drafting import DraftLoop
 from vllm_easyspec.graphs import DraftGraph, DraftGraphs
 from vllm_easyspec.lookahead import LookaheadFile, LookaheadMaps, checkpoint_folder
@@ -87,6 +88,7 @@ class EasySpecSpeculator(DraftModelSpeculator):
         self.current_step = torch.zeros((), dtype=torch.int64, device=device)
         self.lookahead_file: LookaheadFile | None = None
         self.all_have_room = True  # the host knows that no context fills up in this round
+        self.graphs_test_room = False  # draft graphs serve requests beyond the drafter's context too
         self.graphs: DraftGraphs | None = None  # vLLM drops it around memory profiling
         self.pages: PagedKV
         self.loop: DraftLoop
@@ -164,6 +166,9 @@ class EasySpecSpeculator(DraftModelSpeculator):
             max_seq_len = int(batch.seq_lens_bound.max()) + 1 + self.num_speculative_steps
             self.loop.draft(reqs, num_drafts, plan, scope, max_seq_len, self.drafting.lookahead)
         self.draft_tokens[:reqs, num_drafts:] = FILLER
+        if self.draft_logits is not None and num_drafts < self.num_speculative_steps and not batch.dummy:
+            # Only now, and in these rows: drafts that are not verified yet need the logits that they came from.
+            self.draft_logits[batch.idx_mapping, num_drafts:] = self.filler_logits
         return self.draft_tokens[:reqs]
 
     def _sample(self, index: int, hidden: torch.Tensor, positions: torch.Tensor, reqs: int) -> None:
@@ -214,10 +219,11 @@ class EasySpecSpeculator(DraftModelSpeculator):
         return graph
 
     def _captured(self, batch: DraftBatch, describe: Callable[[int], DraftGraph]) -> DraftGraph | None:
-        if self.graphs is None or batch.dummy or not self.all_have_room:
+        if self.graphs is None or batch.dummy:
             return None
         graph = describe(self.graphs.padded(batch.num_reqs))
-        return graph if graph in self.graphs.graphs else None
+        has_room = self.all_have_room or (graph.stage == "draft" and self.graphs_test_room)
+        return graph if has_room and graph in self.graphs.graphs else None
 
     def _graphs_to_capture(self, sizes: Collection[int], drafts: Collection[int]) -> list[DraftGraph]:
         assert self.graphs is not None
@@ -294,8 +300,6 @@ class EasySpecSpeculator(DraftModelSpeculator):
             for plan in drafting.plans:
                 self.lookahead_file.check_plan(plan)
         self.drafting = drafting
-        if self.draft_logits is not None:
-            self.draft_logits[:, self.drafting.num_drafts :] = self.filler_logits
         self.statistics.reset()
 
     # ---- set-up, in the order in which vLLM calls it ----
@@ -336,25 +340,33 @@ class EasySpecSpeculator(DraftModelSpeculator):
         config = copy.copy(self.draft_vllm_config)
         config.scheduler_config = copy.copy(config.scheduler_config)
         config.scheduler_config.max_num_seqs = self.max_num_reqs * layers
-        # Beyond this many tokens FlashAttention 3 chooses its splits by heuristics that a graph can't hold.
+        # Beyond this many tokens FlashAttention 3 chooses its splits by heuristics that a graph can't hold. `PagedKV`
+        # takes the allowance back from calibration's longer passes, which are not captured.
         compilation = config.compilation_config = copy.copy(config.compilation_config)
         if compilation.max_cudagraph_capture_size:
-            compilation.max_cudagraph_capture_size *= max(layers, self.num_speculative_steps + 1)
+            compilation.max_cudagraph_capture_size *= layers
         return config
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         support = self.attn_cg_support
+        reason = None
         if cudagraph_mode.decode_mode() != CUDAGraphMode.FULL:
             reason = f"vLLM's cudagraph_mode is {cudagraph_mode.name}"
+        elif is_chosen(self.draft_vllm_config):
+            reason = "xformers' metadata is copied from the host"
         elif support.min_cg_support.value < AttentionCGSupport.UNIFORM_BATCH.value:
             reason = f"the attention backend {support.min_cg_attn_backend} can't be captured for it"
         elif not self.supports_decode_metadata_update:
             reason = "the attention backend can't refresh its metadata on the device"
-        else:
-            self.graphs = DraftGraphs(self.vllm_config, self.device, CUDAGraphMode.FULL_DECODE_ONLY)
-            return
+        # A rank without a drafter layer has no backend that could object; captures hold collectives, so all or none.
+        reasons: list[str | None] = [None] * get_tp_group().world_size
+        torch.distributed.all_gather_object(reasons, reason, group=get_tp_group().cpu_group)
+        objection = next(filter(None, reasons), None)
         self.graphs = None
-        logger.info_once("easyspec: the drafter runs without CUDA graphs, since %s.", reason)
+        if objection is None:
+            self.graphs = DraftGraphs(self.vllm_config, self.device, CUDAGraphMode.FULL_DECODE_ONLY)
+        else:
+            logger.info_once("easyspec: the drafter runs without CUDA graphs, since %s.", objection)
 
     def capture(self) -> None:
         if self.graphs is not None:
@@ -365,7 +377,7 @@ class EasySpecSpeculator(DraftModelSpeculator):
         if self.graphs is None:
             return
         self._take_up_pages()
-        self.all_have_room = True
+        self.all_have_room = not self.graphs_test_room
         self.idx_mapping.fill_(-1)
         sizes = {self.graphs.padded(size) for size in batch_sizes} - {0}
         self.loop.record(self.graphs, self._graphs_to_capture(sizes, drafts))
@@ -388,8 +400,13 @@ class EasySpecSpeculator(DraftModelSpeculator):
             attention_groups[0] if attention_groups else None,
             self.kv_cache_config.num_blocks,
             block_size,
+            self.vllm_config.compilation_config.max_cudagraph_capture_size or 0,
         )
         self.max_draft_len = min(self.draft_model_config.max_model_len, self.vllm_config.model_config.max_model_len)
+        # Where the target's context is longer, a request may live beyond the drafter's; it must not slow the others.
+        # With logits of drafts kept, rows that pad a graph would write over a request's.
+        outlives = self.max_draft_len < self.vllm_config.model_config.max_model_len
+        self.graphs_test_room = outlives and self.draft_logits is None
         self.loop = DraftLoop(
             self.model,
             self.pages,

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engines import easyspec, engine, stats
+from engines import configure, easyspec, engine, stats
 from scipy.stats import chisquare
 from transformers import LlamaConfig, LlamaForCausalLM
 from vllm import SamplingParams
@@ -144,6 +144,24 @@ def test_top_k_and_top_p(llm, pair, limit):
     assert (allowed == 0).any()
     assert (allowed[draws[:, 0], draws[:, 1]] > 0).all()
     assert p_value(draws, allowed) > 1e-3
+
+
+def test_k_changed_in_flight(llm, pair):
+    """Drafts that are on their way when K is lowered are tested against the logits that they came from."""
+    _, target, _ = pair
+    core = llm.llm_engine
+    for seed in range(DRAWS):
+        params = SamplingParams(temperature=1.0, max_tokens=4, seed=seed, detokenize=False, ignore_eos=True)
+        core.add_request(str(seed), {"prompt_token_ids": PROMPTS["room"]}, params)
+    draws, step = [], 0
+    try:
+        while core.has_unfinished_requests():
+            draws += [out.outputs[0].token_ids[1:3] for out in core.step() if out.finished]
+            step += 1
+            configure(llm, num_speculative_tokens=1 if step % 2 else 3)
+    finally:
+        configure(llm, restore=True)
+    assert p_value(np.array(draws), pair_probabilities(target, PROMPTS["room"])) > 1e-3
 
 
 def test_seeds_repeat(llm):

@@ -60,7 +60,7 @@ class Rounds:
 
     def batch(self, state: list[tuple[int, int]]) -> DraftBatch:
         reqs = len(state)
-        lengths, stood = torch.tensor(state).unbind(1)
+        lengths, stood = torch.tensor(state).T.contiguous()
         # vLLM's own table is refilled each step, and zeroed where a graph of the target's pads.
         self.loop.block_table.zero_()
         self.loop.block_table[:reqs] = self.drafter.block_table[:reqs]
@@ -126,6 +126,8 @@ def observe(folder: str) -> dict:
     counters = [rounds.graphs.counters[DraftGraph.draft(SIZE, K, PLAN, scope)] for scope in ("attention", "block")]
     found["counters"] = [(each.passes, each.attention_calls, each.cache_writes) for each in counters]
     found["filled"] = rounds.filled.numpy()
+    rounds.drafter.graph_sizes = [1, 2, 8]
+    found["sizes"] = rounds.drafter.graphs().sizes
     return found
 
 
@@ -155,6 +157,10 @@ def test_recording_writes_no_page(ranks, observed):
     for found in observed[ranks]:
         assert found["untouched"]
         assert found["captured"] == 3
+
+
+def test_a_full_batch_has_a_graph_though_vllm_captures_no_such_size(observed):
+    assert observed[1][0]["sizes"] == [1, 2, MAX_REQS]
 
 
 def test_a_replay_counts_what_its_passes_did(observed):

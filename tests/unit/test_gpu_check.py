@@ -1,18 +1,22 @@
 """`tools/gpu_check.py`: parts fail, hang, end and run out of time, each on its own; what its checks call a fault."""
 
+import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import setuptools
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
 import gpu_check  # noqa: E402
 import gpu_checks  # noqa: E402
+import gpu_figures  # noqa: E402
 from gpu_check import Part  # noqa: E402
 
 from vllm_easyspec.bench.processes import alone  # noqa: E402
@@ -44,24 +48,126 @@ def test_a_figure_that_fails_is_no_failed_check(monkeypatch, tmp_path):
     assert (code, found["figure"]["outcome"]) == (0, "failed with exit code 1")
 
 
-def test_a_hanging_part_is_ended_with_the_processes_it_started(monkeypatch, tmp_path):
-    child = tmp_path / "results"  # apart from the results
-    pid = tmp_path.parent / f"{tmp_path.name}.pid"
-    code = (
+def hang(pid: Path) -> str:
+    """Code that starts a process, says which, and hangs with it."""
+    return (
         "import subprocess, sys, pathlib, time\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
         f"pathlib.Path({str(pid)!r}).write_text(str(child.pid))\n"
         "time.sleep(600)"
     )
-    result, found = check(monkeypatch, child, [python("hangs", code, most_s=15), python("good", "pass")])
-    assert result == 1
-    assert found["hangs"]["outcome"] == "no end after 15 s" and found["good"]["outcome"] == "passed"
-    stat = Path(f"/proc/{pid.read_text()}/stat")
+
+
+def wait_until_gone(pid: int) -> None:
+    stat = Path(f"/proc/{pid}/stat")
     for _ in range(100):  # until it is gone, or a zombie that nobody waits for
         if not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z":
             return
         time.sleep(0.05)
     pytest.fail("the part's child is alive")
+
+
+def test_a_hanging_part_is_ended_with_the_processes_it_started(monkeypatch, tmp_path):
+    pid = tmp_path / "pid"
+    parts = [python("hangs", hang(pid), most_s=15), python("good", "pass")]
+    result, found = check(monkeypatch, tmp_path / "results", parts)
+    assert result == 1
+    assert found["hangs"]["outcome"] == "no end after 15 s" and found["good"]["outcome"] == "passed"
+    wait_until_gone(int(pid.read_text()))
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_parts_that_run_and_the_table_still_comes(tmp_path, number, code):
+    pids = [tmp_path / "first", tmp_path / "second"]
+    program = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import gpu_check; from gpu_check import Part\n"
+        "def part(name, code, shared): return Part(name, True, ('-c', code), 0, 300, shares_gpu=shared)\n"
+        "parts = [part('done', 'pass', False)]\n"
+        f"parts += [part('hangs', {hang(pids[0])!r}, True), part('hangs-too', {hang(pids[1])!r}, True)]\n"
+        "parts += [part('waits', 'pass', True), part('later', 'pass', False)]\n"
+        "gpu_check.parts = lambda device: parts\n"
+        f"sys.argv += ['--device', 'cpu', '--jobs', '2', '--results', {str(tmp_path / 'results')!r}]\n"
+        "sys.exit(gpu_check.main())"
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs, and what they start, ignore the signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        for _ in range(1200):
+            if all(pid.exists() and pid.read_text() for pid in pids):
+                break
+            assert run.poll() is None
+            time.sleep(0.1)
+        run.send_signal(number)
+        printed, _ = run.communicate(timeout=30)
+    finally:
+        run.kill()
+    assert run.returncode == code
+    for pid in pids:
+        wait_until_gone(int(pid.read_text()))
+    table = printed[printed.index("part | seconds | outcome") :].splitlines()
+    outcomes = {row.split(" | ")[0]: row.split(" | ")[2] for row in table[1:]}
+    stopped = f"stopped by {number.name}"
+    assert outcomes == {
+        "done": "passed",
+        "hangs": stopped,
+        "hangs-too": stopped,
+        "waits": f"not run: {stopped}",
+        "later": f"not run: {stopped}",
+    }
+    assert json.loads((tmp_path / "results" / "cpu-rehearsal-hangs.json").read_text())["outcome"] == stopped
+
+
+def writes(monkeypatch, tmp_path, text: str, *then: str, **changes) -> Part:
+    """A part that leaves `text` as its result."""
+    script = tmp_path / "script.py"
+    script.write_text("\n".join(["import pathlib, sys", f"pathlib.Path(sys.argv[-1]).write_text({text!r})", *then]))
+    monkeypatch.setattr(gpu_check, "CHECKS", str(script))
+    return Part(**(dict(name="part", is_check=True, command=(str(script),), least_s=0, most_s=60) | changes))
+
+
+@pytest.mark.parametrize("text", ['{"rows": [', "", "[]"])
+def test_a_result_that_can_not_be_read_is_no_result(monkeypatch, tmp_path, text):
+    """As of a part that was killed while it wrote."""
+    part = writes(monkeypatch, tmp_path, text, "raise SystemExit('why')")
+    code, found = check(monkeypatch, tmp_path / "results", [part])
+    assert code == 1
+    assert found["part"]["outcome"] == "failed with exit code 1" and "why" in found["part"]["output"]
+
+
+def test_a_part_that_is_ended_keeps_its_rows(monkeypatch, tmp_path, capsys):
+    part = writes(monkeypatch, tmp_path, '{"rows": [{"plan": 1}]}', "import time; time.sleep(600)", most_s=5)
+    code, found = check(monkeypatch, tmp_path / "results", [part])
+    assert code == 1
+    assert found["part"]["outcome"] == "no end after 5 s" and found["part"]["rows"] == [{"plan": 1}]
+    assert "\n    plan 1\n" in capsys.readouterr().out
+
+
+def test_a_part_says_why_it_is_skipped(monkeypatch, tmp_path):
+    part = writes(monkeypatch, tmp_path, '{"skipped": "no xformers"}')
+    code, found = check(monkeypatch, tmp_path / "results", [part])
+    assert (code, found["part"]["outcome"]) == (0, "skipped: no xformers")
+
+
+def test_a_check_that_can_not_run_here_is_skipped(monkeypatch, tmp_path):
+    file = tmp_path / "result.json"
+    monkeypatch.setattr(gpu_checks, "why_unusable", lambda: "no xformers")
+    monkeypatch.setattr(sys, "argv", ["gpu_checks.py", "identity", "bfloat16", "--xformers", "--json", str(file)])
+    gpu_checks.main()
+    found = json.loads(file.read_text())
+    assert found["skipped"] == "no xformers" and found["versions"]["torch"]
+
+
+def test_a_parts_environment_yields_to_the_users(monkeypatch, tmp_path):
+    monkeypatch.setenv("GIVEN", "the user's")
+    code = "import os; print(os.environ['GIVEN'], os.environ['OTHER'])"
+    part = python("part", code, environment=(("GIVEN", "the part's"), ("OTHER", "the part's")))
+    _, found = check(monkeypatch, tmp_path, [part])
+    assert found["part"]["output"] == "the user's the part's\n"
 
 
 def test_parts_without_time_are_listed_and_a_check_among_them_fails(monkeypatch, tmp_path, capsys):
@@ -84,11 +190,59 @@ def test_checks_share_the_gpu_and_figures_have_it_alone(monkeypatch, tmp_path):
         assert part.shares_gpu == (part.is_check and part.name != "build")
 
 
-def test_a_folder_without_tests_is_skipped_not_failed(monkeypatch, tmp_path):
-    part = Part("tests-gpu", True, ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / "empty")), 0, 60)
-    (tmp_path / "empty").mkdir()
-    code, found = check(monkeypatch, tmp_path / "results", [part])
-    assert (code, found["tests-gpu"]["outcome"]) == (0, "skipped: no such tests")
+@pytest.mark.parametrize(
+    "tests, code, outcome",
+    [
+        ("", 0, "skipped: no such tests"),
+        ("@pytest.mark.skip(reason='no GPU')\ndef test_it(): pass", 0, "skipped: each of its tests was skipped"),
+        ("@pytest.mark.skip\ndef test_it(): pass\ndef test_that(): pass", 0, "passed"),
+        ("def test_it(): assert False", 1, "failed with exit code 1"),
+    ],
+)
+def test_a_part_whose_tests_do_not_run_is_skipped_not_passed(monkeypatch, tmp_path, tests, code, outcome):
+    (tmp_path / "test_it.py").write_text(f"import pytest\n{tests}")
+    part = Part("tests-gpu", True, ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)), 0, 60)
+    result, found = check(monkeypatch, tmp_path / "results", [part])
+    assert (result, found["tests-gpu"]["outcome"]) == (code, outcome)
+
+
+@pytest.mark.parametrize("why, outcome", [(None, "passed"), ("they do not load", "failed with exit code 1")])
+def test_a_build_has_passed_when_what_it_built_is_used(monkeypatch, tmp_path, why, outcome):
+    (tmp_path / "setup.py").write_text("import os, sys; print(*sys.argv[1:], os.environ['EASYSPEC_NATIVE'])")
+    (tmp_path / "vllm_easyspec").mkdir()
+    (tmp_path / "vllm_easyspec" / "ops.py").write_text(f"WHY_NOT_NATIVE = {why!r}")
+    (tmp_path / "vllm_easyspec" / "__init__.py").touch()
+    (tmp_path / "csrc").mkdir()
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    build = next(part for part in gpu_check.parts("cuda") if part.name == "build")
+    _, found = check(monkeypatch, tmp_path / "results", [build])
+    assert found["build"]["outcome"] == outcome
+    assert found["build"]["output"] == "build_ext --inplace required\n" + (f"{why}\n" if why else "")
+
+
+@pytest.fixture
+def set_up(monkeypatch):
+    """setup.py as a module, which builds nothing."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    spec = importlib.util.spec_from_file_location("set_up", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["CUDA_HOME", "CUDA_PATH", "PATH"])
+def test_nvcc_is_found_where_the_environment_says(monkeypatch, tmp_path, set_up, name):
+    for variable in ("CUDA_HOME", "CUDA_PATH", "PATH"):
+        monkeypatch.setenv(variable, "")
+    torch, compiler = tmp_path / "torch", tmp_path / "cuda" / "bin" / "nvcc"
+    for file in (torch / "lib" / "libtorch_cuda.so", compiler):
+        file.parent.mkdir(parents=True)
+        file.touch(mode=0o755)
+    assert set_up.nvcc(torch) is None
+    monkeypatch.setenv(name, str(compiler.parent if name == "PATH" else compiler.parent.parent))
+    assert set_up.nvcc(torch) == str(compiler)
+    assert set_up.nvcc(tmp_path) is None and set_up.nvcc(None) is None  # no torch with CUDA there
 
 
 def test_unknown_parts_are_one_line(monkeypatch, tmp_path, capsys):
@@ -119,7 +273,7 @@ def test_parts_have_names_of_their_own_and_commands_that_exist(device):
     assert len({part.name for part in parts}) == len(parts)
     for part in parts:
         first = part.command[0]
-        assert first == "-m" or (ROOT / first).is_file()
+        assert first in ("-m", "-c") or (ROOT / first).is_file()
     kinds = [part.is_check for part in parts]
     assert kinds == sorted(kinds, reverse=True), "checks come before figures"
 
@@ -134,7 +288,38 @@ def test_the_first_difference_is_judged_by_the_targets_gap():
     assert gpu_checks.first_differences([answer([1, 2])], [answer([1, 2])]) == []
 
 
-ROW = dict(plan="1-4-4-1", differing=1, largest_gap=0.01, allowed_gap=0.02, tokens_a_round=3.0, graphs={"replays": 4})
+class RecordingEngine:
+    def __init__(self):
+        self.calls = []
+
+    def collective_rpc(self, method, kwargs):
+        self.calls.append((method, kwargs))
+
+
+def test_a_plan_is_captured_after_it_is_swapped():
+    """For every batch from the whole one to a last request: answers end at different times."""
+    llm = RecordingEngine()
+    gpu_checks.use(llm, "block", [1, 8, 1])
+    gpu_figures.use(llm, dict(scope="block", group_sizes=[1, 8, 1]), 8)
+    assert llm.calls == [
+        ("easyspec_configure", {"scope": "block", "group_sizes": [1, 8, 1]}),
+        ("easyspec_capture", {"batch_sizes": list(range(1, 17)), "num_speculative_tokens": [5]}),
+        ("easyspec_configure", {"scope": "block", "group_sizes": [1, 8, 1]}),
+        ("easyspec_capture", {"batch_sizes": list(range(1, 9)), "num_speculative_tokens": [5]}),
+    ]
+
+
+def test_figures_of_plans_that_drafted_eagerly_are_named():
+    row = {"arm": "block", "batch": 8}
+    graphed = {"captured": 20, "replays": 80, "eager_rounds": 0}
+    without = {"captured": 0, "replays": 0, "eager_rounds": 40}  # a CPU
+    assert gpu_figures.drafted_eagerly([row, row | {"graphs": graphed}, row | {"graphs": without}]) == []
+    eager = row | {"graphs": graphed | {"eager_rounds": 3}}
+    assert gpu_figures.drafted_eagerly([eager]) == ["block, batch 8: 3 rounds drafted without a CUDA graph"]
+
+
+ROW = dict(plan="1-4-4-1", differing=1, largest_gap=0.01, allowed_gap=0.02, tokens_a_round=3.0, rounds=40)
+ROW["graphs"] = {"replays": 75, "eager_rounds": 0}
 
 
 def test_problems():
@@ -143,8 +328,13 @@ def test_problems():
     exact = ROW | {"allowed_gap": 0.0, "largest_gap": 0.0}  # float32: even a tie is a difference
     assert "output differs" in gpu_checks.problems([exact], False)[0]
     assert "hardly a draft" in gpu_checks.problems([ROW | {"tokens_a_round": 1.1}], False)[0]
-    for graphs in (None, {"replays": 0}):
-        assert "no CUDA graph" in gpu_checks.problems([ROW | {"graphs": graphs}], True)[0]
+    # 35 replays of calibrations are none of drafting.
+    eager = ROW | {"graphs": {"replays": 35, "eager_rounds": 40}}
+    assert gpu_checks.problems([eager], False) == []
+    (wrong,) = gpu_checks.problems([eager], True)
+    assert wrong.startswith("40 of 40 rounds drafted without a CUDA graph")
+    (wrong,) = gpu_checks.problems([ROW | {"graphs": {"replays": 40, "eager_rounds": 0}}], True)
+    assert wrong.startswith("no calibration came from a CUDA graph")
     audited = {"audited": 9, "largest_difference": 1e-6, "allowed": 1e-4}
     assert gpu_checks.problems([audited], False) == []
     assert "pages are not precise" in gpu_checks.problems([audited | {"largest_difference": 1.0}], False)[0]

@@ -21,23 +21,23 @@ class Builder:
 
     def build_metadata(self, common, fast_build: bool = False):
         if fast_build:
-            return SimpleNamespace(schedule=None)
+            return SimpleNamespace(schedule=None, max_num_splits=32)
         self.schedule[: common.num_reqs] = common.num_reqs
         return SimpleNamespace(schedule=self.schedule[: common.num_reqs])
 
 
-def sequences(reqs: int) -> Sequences:
-    starts = torch.arange(reqs + 1, dtype=torch.int32)
+def sequences(reqs: int, queries: int = 1) -> Sequences:
+    starts = torch.arange(reqs + 1, dtype=torch.int32) * queries
     lens = torch.full((reqs,), 5, dtype=torch.int32)
     return Sequences(
-        positions=torch.full((reqs,), 4),
-        slots=torch.arange(reqs) * BLOCK_SIZE + 4,
+        positions=torch.full((reqs * queries,), 4),
+        slots=torch.arange(reqs * queries) * BLOCK_SIZE + 4,
         query_start_loc=starts,
         query_start_loc_cpu=starts,
         seq_lens=lens,
         seq_lens_bound=lens,
         block_table=torch.arange(reqs, dtype=torch.int32).unsqueeze(1),
-        max_query_len=1,
+        max_query_len=queries,
         max_seq_len=5,
     )
 
@@ -48,6 +48,14 @@ def test_metadata_for_groups_of_several_sizes_live_side_by_side():
     before = copy.deepcopy(single.schedule)
     pages.metadata(pages.virtual(sequences(2), 3))
     assert single.schedule is None or torch.equal(single.schedule, before)
+
+
+@pytest.mark.parametrize(
+    ("reqs", "queries", "splits"), [(8, 1, 32), (2, 4, 32), (3, 4, 0)], ids=["drafting", "captured", "longer"]
+)
+def test_splits_that_a_graph_needs_are_not_allowed_to_longer_passes(reqs, queries, splits):
+    pages = PagedKV([], Builder(), BLOCKS, BLOCK_SIZE, captured_tokens=8)
+    assert pages.metadata(sequences(reqs, queries)).max_num_splits == splits
 
 
 @pytest.mark.parametrize(("pages", "kernel_block_size"), [(2 * BLOCKS, None), (BLOCKS, 16)])

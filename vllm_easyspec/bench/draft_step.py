@@ -20,7 +20,7 @@ from vllm_easyspec.drafter.plan import LayerPlan, Scope
 from vllm_easyspec.graphs import DraftGraph
 from vllm_easyspec.standalone import StandaloneDrafter, run_ranks
 
-BANDWIDTH_BYTES = 1 << 28
+BANDWIDTH_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}  # read in some milliseconds
 NUM_DRAFTS = 5  # K
 ROOM = 32  # positions after the context, for the drafts
 
@@ -92,12 +92,12 @@ def _measure_rank(
     chosen = [LayerPlan.of_sizes(layers, sizes) for sizes in plans] if plans else [options.layer_parallel.plan(layers)]
     cases = [Case(plan, scope) for plan in chosen for scope in ("attention", "block")]  # type: ignore[arg-type]
     precise = Case(drafter.precise, "attention")
-    bandwidth = _read_bandwidth(drafter.device)
+    bandwidth = read_bandwidth(drafter.device)
     rows = []
     for batch in batches:
         for context in contexts:
             times = _interleaved(drafter, [precise, *cases], batch, context, repetitions)
-            moved = _bytes_a_step(drafter, batch, context)
+            moved = bytes_a_step(drafter, batch, context)
             for case in cases:
                 rows.append(
                     {
@@ -144,7 +144,7 @@ def _interleaved(
     return {case: median(seconds) / (NUM_DRAFTS - 1) for case, seconds in times.items()}
 
 
-def _bytes_a_step(drafter: StandaloneDrafter, batch: int, context: int) -> int:
+def bytes_a_step(drafter: StandaloneDrafter, batch: int, context: int) -> int:
     """What a rank must read from memory in a step: its weights but for the embedding's unused rows, and the K/V."""
     model = drafter.model
     embedding = model.embed_tokens.weight
@@ -153,9 +153,10 @@ def _bytes_a_step(drafter: StandaloneDrafter, batch: int, context: int) -> int:
     return model.weight_bytes() - unused + batch * context * a_token
 
 
-def _read_bandwidth(device: torch.device) -> float:
+def read_bandwidth(device: torch.device) -> float:
     """Bytes a second that this rank reads from memory while all ranks do; the best of five."""
-    data = torch.ones(BANDWIDTH_BYTES // 4, dtype=torch.float32, device=device)
+    size = BANDWIDTH_BYTES[device.type]
+    data = torch.ones(size // 4, dtype=torch.float32, device=device)
     best = float("inf")
     for _ in range(5):
         get_tp_group().barrier()
@@ -164,7 +165,7 @@ def _read_bandwidth(device: torch.device) -> float:
         data.sum()
         _synchronize(device)
         best = min(best, time.perf_counter() - began)
-    return BANDWIDTH_BYTES / best
+    return size / best
 
 
 def _synchronize(device: torch.device) -> None:

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
+from vllm.platforms import current_platform
 
 from vllm_easyspec.bench import BenchmarkError
 
@@ -29,7 +29,8 @@ def surroundings() -> dict:
         "hardware": {
             "cpu": _cpu_name(),
             "cores": os.cpu_count(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            # Not through torch.cuda: a process that has begun to use CUDA can't fork vLLM's.
+            "gpu": current_platform.get_device_name() if current_platform.is_cuda() else None,
         },
     }
 

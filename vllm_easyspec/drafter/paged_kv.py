@@ -70,9 +70,15 @@ class PagedKV:
     """Joint views over the pages of this rank's drafter layers. Rebuilt whenever vLLM binds other pages."""
 
     def __init__(
-        self, layers: Sequence[DrafterAttention], group: AttentionGroup | None, num_blocks: int, block_size: int
+        self,
+        layers: Sequence[DrafterAttention],
+        group: AttentionGroup | None,
+        num_blocks: int,
+        block_size: int,
+        captured_tokens: int = 0,
     ):
-        """layers: this rank's, in the model's order; group: their vLLM attention group, None where the rank has none.
+        """layers: this rank's, in the model's order; group: their vLLM attention group, None where the rank has none;
+        captured_tokens: of the longest pass, other than a draft loop's, that a CUDA graph may hold.
 
         Raises ValueError where the pages are not laid out one layer after another.
         """
@@ -80,6 +86,7 @@ class PagedKV:
         self.group = group
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.captured_tokens = captured_tokens
         # Weak, so as not to keep pages that vLLM lets go; not an address, since later pages may come to lie there.
         self.first_pages = weakref.ref(layers[0].kv_cache) if layers else None
         if layers:
@@ -141,7 +148,7 @@ class PagedKV:
     def metadata(self, sequences: Sequences) -> Any:
         """The attention backend's metadata for virtual sequences; it refers to their tensors."""
         assert self.group is not None
-        return self.group.build_metadata(
+        metadata = self.group.build_metadata(
             CommonAttentionMetadata(
                 query_start_loc=sequences.query_start_loc,
                 query_start_loc_cpu=sequences.query_start_loc_cpu,
@@ -159,6 +166,10 @@ class PagedKV:
             # No schedule in the builder's own buffer: a pass holds metadata for groups of several sizes at once.
             fast_build=True,
         )
+        is_long = sequences.max_query_len > 1 and sequences.positions.shape[0] > self.captured_tokens
+        if is_long and hasattr(metadata, "max_num_splits"):
+            metadata.max_num_splits = 0  # FlashAttention 3: a buffer of all rows for each split that a graph may need
+        return metadata
 
 
 def _repeat_starts(starts: torch.Tensor, num_layers: int, tokens: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ keys; rows that fill up the first run are computed and dropped.
 import copy
 import importlib.metadata
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from packaging.version import Version
 from vllm.config import VllmConfig, replace, set_current_vllm_config
 from vllm.logger import init_logger
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
@@ -76,6 +77,11 @@ def choose(config: VllmConfig, grouped_attention: GroupedAttention) -> VllmConfi
     config = copy.copy(config)
     config.attention_config = replace(config.attention_config, backend=register())
     return config
+
+
+def is_chosen(config: VllmConfig) -> bool:
+    """Whether `choose` has put xformers in; the same on ranks that hold no layer."""
+    return getattr(config.attention_config.backend, "name", None) == NAME
 
 
 def register() -> AttentionBackendEnum:
@@ -180,7 +186,7 @@ class Runs:
         take = np.minimum(take, max(0, len(back) - 1))
 
         def put(array: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(array.reshape(-1)).to(device, non_blocking=True)
+            return async_tensor_h2d(array.reshape(-1), device)
 
         return cls(width, put(take), put(back), put(sequence), put(after.astype(np.int32)))
 
@@ -191,14 +197,21 @@ def _power_of_two(number: int) -> int:
 
 @dataclass(frozen=True)
 class XFormersMetadata:
-    runs: Runs
+    query_starts: np.ndarray  # [sequences + 1]
+    longest: int  # an upper bound of queries a sequence
     seq_lens: torch.Tensor  # [sequences] int32; read anew by each call, so a graph's replay sees new lengths
     block_table: torch.Tensor  # [sequences, width] int32
 
+    @cached_property
+    def runs(self) -> Runs:
+        """Not cut before the first call: vLLM's runner builds metadata for these layers too, and never runs them."""
+        return Runs.cut(self.query_starts, self.longest, self.seq_lens.device)
+
 
 class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
-    # `Runs` are copied from the host, which a capture can't hold.
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    # Of the target's graphs, which don't run these layers: a lower one would take its graphs away from it. The
+    # drafter's own can't hold `Runs`, which are copied from the host; the speculator asks `is_chosen`.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
     supports_draft_decode_metadata_update = True
 
     def __init__(
@@ -210,8 +223,8 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> XFormersMetadata:
         common = common_attn_metadata
-        runs = Runs.cut(common.query_start_loc_cpu.numpy(), common.max_query_len, self.device)
-        return XFormersMetadata(runs, common.seq_lens, common.block_table_tensor)
+        starts = common.query_start_loc_cpu.numpy()
+        return XFormersMetadata(starts, common.max_query_len, common.seq_lens, common.block_table_tensor)
 
     def update_draft_decode_metadata(self, _metadata: XFormersMetadata) -> None:
         """Nothing to refresh: lengths and block tables are the caller's own buffers."""
