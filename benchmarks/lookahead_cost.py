@@ -28,6 +28,8 @@ def measure(file: str, repetitions: int) -> list[dict]:
     loop = drafter.loop(DRAFTS)
     plans = {name: (LayerPlan(tuple(plan["group_sizes"])), plan["scope"]) for name, plan in PLANS.items()}
     times: dict[tuple[str, bool], list[float]] = {}
+    if drafter.device.type != "cpu":
+        raise SystemExit("this times calls on a CPU; on a GPU they return before their work is done")
     for repetition in range(repetitions + repetitions // 5):
         for name, (plan, scope) in plans.items():
             for lookahead in (False, True):

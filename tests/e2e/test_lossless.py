@@ -14,6 +14,7 @@ from engines import (
     stats,
     token_ids,
 )
+from vllm.exceptions import VLLMValidationError
 
 pytestmark = pytest.mark.engine
 LAYERS = 10
@@ -198,9 +199,9 @@ def test_counters(llm):
             assert draft["mlp_collectives"] == (0 if ranks == 1 else mlp_collectives * draft["passes"])
 
 
-@pytest.mark.parametrize("refused", [{"min_p": 0.1}, {"logit_bias": {5: 1.0}}])
+@pytest.mark.parametrize("refused", [{"temperature": 0.8, "min_p": 0.1}, {"logit_bias": {5: 1.0}}])
 def test_what_vllm_refuses_with_speculation_leaves_the_engine_alive(llm, expected, refused):
-    with pytest.raises(ValueError, match="not yet supported with speculative decoding"):
+    with pytest.raises(VLLMValidationError, match="not yet supported with speculative decoding"):
         llm.generate(mixed_prompts()[:1], greedy(4, **refused), use_tqdm=False)
     assert token_ids(llm, mixed_prompts()[:2], greedy(40)) == expected["short"][:2]
 

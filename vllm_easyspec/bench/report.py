@@ -35,6 +35,12 @@ def surroundings() -> dict:
     }
 
 
+def machine(run: dict[str, Any]) -> str:
+    """The hardware of `surroundings` in words."""
+    hardware = run["hardware"]
+    return hardware["gpu"] or f"{hardware['cores']} cores of {hardware['cpu']}"
+
+
 def check_writable(path: Path | None) -> None:
     """Raise `BenchmarkError` before anything is measured where the result could not be kept."""
     if path is None:

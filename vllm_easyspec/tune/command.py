@@ -10,7 +10,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_easyspec import plugin
 from vllm_easyspec.bench.prompts import read_prompts
-from vllm_easyspec.bench.report import check_writable, surroundings, write, write_text
+from vllm_easyspec.bench.report import check_writable, machine, surroundings, write, write_text
 from vllm_easyspec.config import ConfigError
 from vllm_easyspec.tune.planner import Point
 from vllm_easyspec.tune.report import html_report
@@ -110,13 +110,12 @@ def _yaml(found: Findings, out: Path, config: Path, about: dict[str, Any], args:
 
 
 def _head(found: Findings, about: dict[str, Any], args: argparse.Namespace) -> list[str]:
-    hardware, versions = about["hardware"], about["versions"]
-    machine = hardware["gpu"] or f"{hardware['cores']} cores of {hardware['cpu']}"
+    versions = about["versions"]
     return [
         "Serve with:",
         f"  vllm serve {args.model} --tensor-parallel-size {args.tensor_parallel_size} --speculative-config {args.out}",
         f"Tuned by: {about['command']}",
-        f"On {machine}, vllm {versions['vllm']}, torch {versions['torch']}. Tokens a second "
+        f"On {machine(about)}, vllm {versions['vllm']}, torch {versions['torch']}. Tokens a second "
         + ("by wall-clock:" if found.by_wall else "of the stages' time (calibrate, draft, verify):"),
         *(f"  batch size {size}: {_choice(found, size)}" for size in found.times),
         *([f"Engines one after another, by wall-clock: {_arms(found)}"] if found.baselines else []),

@@ -50,7 +50,6 @@ class Flights:
     ):
         """largest: batch size; most_drafts: K; tokens: that each request of a flight writes."""
         self.prompts = prompts
-        self.most_drafts = most_drafts
         self.tokens = tokens
         # Every request goes on until the slowest has its tokens, and the first to be read waits for the last.
         outlives = (largest + WARM_ROUNDS + tokens) * (most_drafts + 1)

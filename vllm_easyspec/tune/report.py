@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
+from vllm_easyspec.bench.report import machine
 from vllm_easyspec.tune.planner import ScopedPlan, tokens_a_round
 from vllm_easyspec.tune.plot import Bar, Mark, Series, bars, scatter
 from vllm_easyspec.tune.tuner import Findings
@@ -48,9 +49,7 @@ def html_report(found: Findings, run: dict[str, Any], tuned: str) -> str:
 
 def _about(run: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version)
-    hardware = run["hardware"]
-    machine = hardware["gpu"] or f"{hardware['cores']} cores of {hardware['cpu']}"
-    return f"<p>{escape(machine)}; {escape(versions)}.</p><pre>{escape(run['command'])}</pre>"
+    return f"<p>{escape(machine(run))}; {escape(versions)}.</p><pre>{escape(run['command'])}</pre>"
 
 
 def _how_measured(found: Findings) -> str:
