@@ -17,6 +17,7 @@ from vllm.platforms import current_platform
 from vllm_easyspec.bench import BenchmarkError
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = (":!benchmarks/results", ":!docs/*.svg", ":!configs/tiny-pair-tuned.yaml")  # git's way to leave them out
 PACKAGES = ("vllm-easyspec", "vllm", "torch", "triton", "transformers")
 
 
@@ -98,7 +99,7 @@ def _command() -> str:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with a + where it has changes; None where this is no checkout or git is missing."""
+    """The checkout's commit, with a + where it has changes other than results; None without a checkout or git."""
 
     def git(*arguments: str) -> str | None:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
@@ -107,7 +108,7 @@ def _commit() -> str | None:
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
         return None
     commit = git("rev-parse", "HEAD")
-    return f"{commit}+" if git("status", "--porcelain", "--untracked-files=no") else commit
+    return f"{commit}+" if git("status", "--porcelain", "--untracked-files=no", "--", ".", *RESULTS) else commit
 
 
 def _version(package: str) -> str | None:
