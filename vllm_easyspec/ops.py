@@ -36,10 +36,11 @@ def is_short(x: torch.Tensor) -> bool:
 def products(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Each layer's own product: `[layers, tokens, inner]` with `[layers, inner, columns]`.
 
-    Of float32 on a CPU torch's matmul is MKL's, which on AMD's processors takes twice as long as oneDNN's; torch has
-    that under the name that its compiler calls.
+    Of float32 on a CPU torch's matmul is MKL's, which on AMD's processors takes twice as long as oneDNN's for many
+    tokens; torch has that under the name that its compiler calls.
     """
-    if x.device.type != "cpu" or x.dtype is not torch.float32 or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    is_long = x.device.type == "cpu" and x.dtype is torch.float32 and x.shape[-2] > FEW_TOKENS[x.dtype]
+    if not is_long or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return torch.matmul(x, weights)
     linear = torch.ops.mkldnn._linear_pointwise.default
     parts = [linear(one, w.t(), None, "none", [], "") for one, w in zip(x, weights, strict=True)]

@@ -166,8 +166,9 @@ class EasySpecSpeculator(DraftModelSpeculator):
             max_seq_len = int(batch.seq_lens_bound.max()) + 1 + self.num_speculative_steps
             self.loop.draft(reqs, num_drafts, plan, scope, max_seq_len, self.drafting.lookahead)
         self.draft_tokens[:reqs, num_drafts:] = FILLER
-        if self.draft_logits is not None and num_drafts < self.num_speculative_steps and not batch.dummy:
-            # Only now, and in these rows: drafts that are not verified yet need the logits that they came from.
+        lowered = num_drafts == self.drafting.num_drafts < self.num_speculative_steps  # by `configure`
+        if self.draft_logits is not None and lowered and not batch.dummy:
+            # Not before, and in these rows only: drafts on their way are tested against the logits they came from.
             self.draft_logits[batch.idx_mapping, num_drafts:] = self.filler_logits
         return self.draft_tokens[:reqs]
 
