@@ -54,7 +54,11 @@ def test_worker_classes_can_be_left():
     class EasySpecWorker(Worker):
         pass
 
+    class Extension(StepClock):
+        pass
+
     Worker.__bases__ += (StepClock,)  # as vLLM does
     assert hasattr(EasySpecWorker, "bench_times")
     leave_worker_classes()
     assert not hasattr(EasySpecWorker, "bench_times") and not hasattr(Worker, "bench_times")
+    assert Extension.__bases__ == (StepClock,)

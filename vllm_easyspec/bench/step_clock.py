@@ -77,4 +77,6 @@ def leave_worker_classes() -> None:
     as easyspec's worker is.
     """
     for worker in StepClock.__subclasses__():
-        worker.__bases__ = tuple(base for base in worker.__bases__ if base is not StepClock)
+        others = tuple(base for base in worker.__bases__ if base is not StepClock)
+        if others:  # an extension of this one, which has no other base, is no worker
+            worker.__bases__ = others
