@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "lanes.h"
+#include "rows.h"
 
 namespace easyspec {
 
@@ -26,16 +26,13 @@ struct AdvanceDraftInputs {
   int64_t max_len;
 };
 
-EASYSPEC_BODY void advance_row(const AdvanceDraftInputs& a, int64_t row) {
+EASYSPEC_BODY void do_row(const AdvanceDraftInputs& a, int64_t row) {
   const bool padding = a.positions[row] < 0;
   const int64_t position = padding ? -1 : a.positions[row] + 1;
   const bool has_room = position < a.max_len;
   int64_t slot = -1;
   if (!padding && a.live[row] && has_room) {
-    const int64_t column = position / a.block_size;
-    const int64_t last = a.table_width - 1;
-    const int64_t block = a.table[row * a.table_stride + (column < last ? column : last)];
-    slot = block * a.block_size + position % a.block_size;
+    slot = slot_of(a.table + row * a.table_stride, a.table_width, a.block_size, position);
   }
   a.positions[row] = position;
   a.input_ids[row] = padding ? 0 : a.sampled[row * a.sampled_stride];

@@ -3,7 +3,7 @@
 namespace easyspec {
 
 void advance_draft_inputs_cpu(const AdvanceDraftInputs& args) {
-  for (int64_t row = 0; row < args.rows; ++row) advance_row(args, row);
+  for (int64_t row = 0; row < args.rows; ++row) do_row(args, row);
 }
 
 }  // namespace easyspec

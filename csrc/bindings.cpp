@@ -51,6 +51,17 @@ void check_contiguous(const Tensor& tensor, const char* name, ScalarType dtype, 
   STD_TORCH_CHECK(tensor.is_contiguous(), name, " is not contiguous");
 }
 
+void check_block_table(const Tensor& table, int64_t rows) {
+  STD_TORCH_CHECK(table.dim() == 2 && table.size(0) >= rows && table.stride(1) == 1,
+                  "block_table is not [rows, width] with contiguous rows");
+  check(table, "block_table", ScalarType::Int, table.size(0) * table.size(1));
+}
+
+template <class T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
 // Where the rows from `first` on begin.
 void* rows_from(const Tensor& tensor, int64_t first) {
   return static_cast<char*>(tensor.data_ptr()) + first * tensor.stride(0) * tensor.element_size();
@@ -122,21 +133,19 @@ void advance_draft_inputs(const Tensor& sampled,
   check_contiguous(query_positions, "query_positions", ScalarType::Long, layers * rows);
   check_contiguous(seq_lens, "seq_lens", ScalarType::Int, layers * rows);
   check_contiguous(slots, "slots", ScalarType::Long, layers * rows);
-  STD_TORCH_CHECK(block_table.dim() == 2 && block_table.size(0) >= rows && block_table.stride(1) == 1,
-                  "block_table is not [rows, width] with contiguous rows");
-  check(block_table, "block_table", ScalarType::Int, block_table.size(0) * block_table.size(1));
+  check_block_table(block_table, rows);
   const AdvanceDraftInputs args{
-      .sampled = static_cast<const int64_t*>(sampled.data_ptr()),
+      .sampled = data<int64_t>(sampled),
       .sampled_stride = sampled.stride(0),
-      .positions = static_cast<int64_t*>(positions.data_ptr()),
-      .live = static_cast<const bool*>(live.data_ptr()),
-      .table = static_cast<const int32_t*>(block_table.data_ptr()),
+      .positions = data<int64_t>(positions),
+      .live = data<bool>(live),
+      .table = data<int32_t>(block_table),
       .table_stride = block_table.stride(0),
       .table_width = block_table.size(1),
-      .input_ids = static_cast<int64_t*>(input_ids.data_ptr()),
-      .query_positions = static_cast<int64_t*>(query_positions.data_ptr()),
-      .seq_lens = static_cast<int32_t*>(seq_lens.data_ptr()),
-      .slots = static_cast<int64_t*>(slots.data_ptr()),
+      .input_ids = data<int64_t>(input_ids),
+      .query_positions = data<int64_t>(query_positions),
+      .seq_lens = data<int32_t>(seq_lens),
+      .slots = data<int64_t>(slots),
       .rows = rows,
       .layers = layers,
       .block_size = block_size,
@@ -174,9 +183,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> calibration_inputs(co
   check_contiguous(num_valid, "num_valid", ScalarType::Long, reqs);
   check_contiguous(sampled, "sampled", ScalarType::Bool, reqs);
   check_contiguous(newest, "newest", ScalarType::Long, reqs);
-  STD_TORCH_CHECK(block_table.dim() == 2 && block_table.size(0) >= reqs && block_table.stride(1) == 1,
-                  "block_table is not [reqs, width] with contiguous rows");
-  check(block_table, "block_table", ScalarType::Int, block_table.size(0) * block_table.size(1));
+  check_block_table(block_table, reqs);
   check_contiguous(of_req, "of_req", ScalarType::Long, rows);
   check_contiguous(offset, "offset", ScalarType::Long, rows);
   check_contiguous(known, "known", ScalarType::Long, reqs);
@@ -188,25 +195,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> calibration_inputs(co
   Tensor newest_rows = torch::stable::new_empty(of_req, {reqs});
   Tensor newest_positions = torch::stable::new_empty(of_req, {reqs});
   const CalibrationInputs args{
-      .read = static_cast<const int32_t*>(read.data_ptr()),
-      .query_starts = static_cast<const int64_t*>(query_starts.data_ptr()),
-      .start_positions = static_cast<const int64_t*>(start_positions.data_ptr()),
-      .num_valid = static_cast<const int64_t*>(num_valid.data_ptr()),
-      .sampled = static_cast<const bool*>(sampled.data_ptr()),
-      .newest = static_cast<const int64_t*>(newest.data_ptr()),
-      .table = static_cast<const int32_t*>(block_table.data_ptr()),
+      .read = data<int32_t>(read),
+      .query_starts = data<int64_t>(query_starts),
+      .start_positions = data<int64_t>(start_positions),
+      .num_valid = data<int64_t>(num_valid),
+      .sampled = data<bool>(sampled),
+      .newest = data<int64_t>(newest),
+      .table = data<int32_t>(block_table),
       .table_stride = block_table.stride(0),
       .table_width = block_table.size(1),
-      .of_req = static_cast<const int64_t*>(of_req.data_ptr()),
-      .offset = static_cast<const int64_t*>(offset.data_ptr()),
-      .known = static_cast<const int64_t*>(known.data_ptr()),
-      .starts = static_cast<const int32_t*>(starts.data_ptr()),
-      .input_ids = static_cast<int64_t*>(input_ids.data_ptr()),
-      .positions = static_cast<int64_t*>(positions.data_ptr()),
-      .slots = static_cast<int64_t*>(slots.data_ptr()),
-      .seq_lens = static_cast<int32_t*>(seq_lens.data_ptr()),
-      .newest_rows = static_cast<int64_t*>(newest_rows.data_ptr()),
-      .newest_positions = static_cast<int64_t*>(newest_positions.data_ptr()),
+      .of_req = data<int64_t>(of_req),
+      .offset = data<int64_t>(offset),
+      .known = data<int64_t>(known),
+      .starts = data<int32_t>(starts),
+      .input_ids = data<int64_t>(input_ids),
+      .positions = data<int64_t>(positions),
+      .slots = data<int64_t>(slots),
+      .seq_lens = data<int32_t>(seq_lens),
+      .newest_rows = data<int64_t>(newest_rows),
+      .newest_positions = data<int64_t>(newest_positions),
       .num_read = read.numel(),
       .rows = rows,
       .block_size = block_size,
@@ -306,7 +313,7 @@ void rotate_and_store(const Tensor& qkv,
   check_stacked(k_norms, "k_norms", dtype, first, layers, head_dim);
   RotateAndStore args{
       .qkv = qkv.data_ptr(),
-      .positions = static_cast<const int64_t*>(positions.data_ptr()),
+      .positions = data<int64_t>(positions),
       .cos_sin = cos_sin.data_ptr(),
       .q_norms = rows_from(q_norms, first),
       .k_norms = rows_from(k_norms, first),
@@ -333,7 +340,7 @@ void rotate_and_store(const Tensor& qkv,
     STD_TORCH_CHECK(slots.has_value(), "a cache needs slots");
     check_contiguous(*slots, "slots", ScalarType::Long, rows);
     args.cache = cache->data_ptr();
-    args.slots = static_cast<const int64_t*>(slots->data_ptr());
+    args.slots = data<int64_t>(*slots);
     args.page_stride = cache->stride(0);
     args.head_stride = cache->stride(1);
     args.token_stride = cache->stride(2);
@@ -354,7 +361,7 @@ Tensor embed_shard(const Tensor& ids, const Tensor& table, int64_t first, int64_
   check_contiguous(table, "table", table.scalar_type(), table.numel());
   Tensor out = torch::stable::new_empty(table, {ids.size(0), table.size(1)});
   const EmbedShard args{
-      .ids = static_cast<const int64_t*>(ids.data_ptr()),
+      .ids = data<int64_t>(ids),
       .ids_stride = ids.stride(0),
       .table = table.data_ptr(),
       .out = out.data_ptr(),

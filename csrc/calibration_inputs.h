@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "lanes.h"
+#include "rows.h"
 
 namespace easyspec {
 
@@ -35,7 +35,7 @@ struct CalibrationInputs {
   bool write;
 };
 
-EASYSPEC_BODY void calibration_row(const CalibrationInputs& a, int64_t row) {
+EASYSPEC_BODY void do_row(const CalibrationInputs& a, int64_t row) {
   const int64_t req = a.of_req[row], offset = a.offset[row], known = a.known[req], valid = a.num_valid[req];
   const int64_t first = a.start_positions[req] + known, tokens = valid - known + a.sampled[req];
 
@@ -49,9 +49,7 @@ EASYSPEC_BODY void calibration_row(const CalibrationInputs& a, int64_t row) {
   a.positions[row] = has_room ? position : a.max_len - 1;
   int64_t slot = -1;
   if (a.write && offset < tokens && has_room) {
-    const int64_t column = position / a.block_size, last = a.table_width - 1;
-    const int64_t block = a.table[req * a.table_stride + (column < last ? column : last)];
-    slot = block * a.block_size + position % a.block_size;
+    slot = slot_of(a.table + req * a.table_stride, a.table_width, a.block_size, position);
   }
   a.slots[row] = slot;
 

@@ -122,10 +122,9 @@ def advance_draft_inputs(
     padding = positions < 0
     positions.add_(~padding)
     query = positions.clamp(min=0, max=max_len - 1)
-    columns = (query // block_size).clamp(max=block_table.shape[1] - 1)
-    blocks = block_table[:rows].gather(1, columns.unsqueeze(1)).squeeze(1).long()
     written = live & ~padding & (positions < max_len)
-    own = torch.where(written, blocks * block_size + query % block_size, -1)
+    of_row = torch.arange(rows, device=query.device)
+    own = torch.where(written, slots_of(block_table, of_row, query, block_size), -1)
     input_ids.copy_(sampled.masked_fill(padding, 0))
     query_positions.view(-1, rows).copy_(query)
     seq_lens.view(-1, rows).copy_(query + 1)
@@ -181,8 +180,7 @@ def calibration_inputs(
     ids = torch.where(source == num_valid[of_req], newest[of_req], ids).clamp_(0, vocab_size - 1)
     first = start_positions + known
     positions = first[of_req] + offset
-    columns = (positions // block_size).clamp(max=block_table.shape[1] - 1)
-    slots = block_table[of_req, columns].long() * block_size + positions % block_size
+    slots = slots_of(block_table, of_req, positions, block_size)
     written = (offset < num_tokens[of_req]) & (positions < max_len) & write
     return (
         ids,
@@ -395,6 +393,12 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """SwiGLU: `[..., 2 * n]` (gates first) to `[..., n]`."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
+
+
+def slots_of(block_table: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Cache slots `int64` of positions of the requests `rows`; a position past the table takes its last block."""
+    columns = (positions // block_size).clamp(max=block_table.shape[1] - 1)
+    return block_table[rows, columns].long() * block_size + positions % block_size
 
 
 def shift_slots(slots: torch.Tensor, num_layers: int, layer_stride: int) -> torch.Tensor:

@@ -98,7 +98,7 @@ def audited(llm: LLM, prompts: list[Any], max_tokens: int | list[int] = 60, ever
         step += 1
         if step % every == 0:
             found += [request["largest_difference"] for request in audit(llm)]
-    assert len(found) >= len(prompts)
+    assert len(found) > len(prompts)
     return found
 
 

@@ -9,6 +9,7 @@ much again of held-out sequences.
 """
 
 import hashlib
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -222,7 +223,7 @@ class Fit:
             self._precise_pass(batch, moments)
             self.progress()
         self._install(self._solved(moments, self.hidden))
-        for pair in self._pairs_of_plans():  # fitted again, so their matrices make room
+        for pair in itertools.chain.from_iterable(map(_pairs, self.plans)):  # fitted again: their matrices make room
             moments.pop(pair, None)
         if self.plans:
             drafted: dict[Pair, PairMoments] = {}
@@ -239,9 +240,6 @@ class Fit:
         report["own_rate"] = [self._own_rates(batches, plan, scope) for plan in self.plans for scope in SCOPES]
         self.progress()
         return maps, report
-
-    def _pairs_of_plans(self) -> set[Pair]:
-        return {(group.start, i) for plan in self.plans for group in plan.groups for i in group[1:]}
 
     # ---- reading ----
 
@@ -287,9 +285,8 @@ class Fit:
     def _drafting_pass(
         self, batch: torch.Tensor, plan: LayerPlan, scope: Scope, moments: dict[Pair, PairMoments]
     ) -> None:
-        pairs = [(group.start, i) for group in plan.groups for i in group[1:]]
         for round_ in self._rounds(batch, plan, scope, every=2):
-            self._add(moments, pairs, round_.drafting, round_.precise, round_.previous)
+            self._add(moments, _pairs(plan), round_.drafting, round_.precise, round_.previous)
 
     def _rounds(self, batch: torch.Tensor, plan: LayerPlan, scope: Scope, every: int) -> Iterator["Round"]:
         """Draft as a round does, then read the same drafts precisely; in every `every`-th stretch of `K - 1` tokens."""
@@ -414,6 +411,10 @@ class Round:
     confirmed: torch.Tensor  # [requests, K - 1] bool, drafts 2..K that the precise pass would have drafted too
 
 
+def _pairs(plan: LayerPlan) -> list[Pair]:
+    return [(group.start, i) for group in plan.groups for i in group[1:]]
+
+
 def _reach(plans: Sequence[LayerPlan], layers: int, longest_group: int) -> dict[int, int]:
     """Of each layer that a group may start at, the last layer that needs a map."""
     reach = {start: min(layers, start + longest_group) - 1 for start in range(1, layers)}
@@ -442,12 +443,11 @@ def fit(drafter: str, texts: Sequence[Path], output: Path, ranks: int, settings:
     if settings.length < SHORTEST + settings.num_drafts:
         shortest = SHORTEST + settings.num_drafts
         raise ConfigError(f"--length {settings.length} is too short to draft in: give {shortest} tokens or more")
-    for sizes in settings.plans:
-        try:
-            LayerPlan.of_sizes(layers, sizes)
-        except ValueError as error:
-            raise ConfigError(f"--plans: {error}") from error
-    if not _reach([LayerPlan.of_sizes(layers, sizes) for sizes in settings.plans], layers, settings.longest_group):
+    try:
+        plans = [LayerPlan.of_sizes(layers, sizes) for sizes in settings.plans]
+    except ValueError as error:
+        raise ConfigError(f"--plans: {error}") from error
+    if not _reach(plans, layers, settings.longest_group):
         raise ConfigError("no map to fit: groups of one layer need none. Give --plans with larger groups")
     sequences = cut(_tokenized(drafter, read_texts(texts)), settings.tokens, settings.length)
     batches = [sequences[start : start + BATCH] for start in range(0, len(sequences) - BATCH + 1, BATCH)]

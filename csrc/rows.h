@@ -1,0 +1,32 @@
+// What operators share whose work is a few numbers a row: slots of pages, and on CUDA a thread a row.
+#pragma once
+
+#include <cstdint>
+
+#include "lanes.h"
+
+namespace easyspec {
+
+// The cache slot of a position, from its request's blocks, `[width]`. A position past them takes the last one.
+EASYSPEC_BODY int64_t slot_of(const int32_t* blocks, int64_t width, int64_t block_size, int64_t position) {
+  const int64_t column = position / block_size, last = width - 1;
+  return static_cast<int64_t>(blocks[column < last ? column : last]) * block_size + position % block_size;
+}
+
+#ifdef __CUDACC__
+// Calls `do_row(args, row)`. A thread a row: there are few, and a launch costs more than its work.
+template <class Args>
+__global__ void rows_kernel(Args args) {
+  const int64_t row = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (row < args.rows) do_row(args, row);
+}
+
+template <class Args>
+void launch_rows(const Args& args, void* stream) {
+  constexpr int kThreads = 64;
+  const auto blocks = static_cast<unsigned>((args.rows + kThreads - 1) / kThreads);
+  rows_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+}
+#endif
+
+}  // namespace easyspec
