@@ -13,6 +13,7 @@ from vllm_easyspec.speculator import EasySpecSpeculator
 class AuditedRequest:
     request_id: str
     tokens: int  # positions compared, from 0
+    unread: int  # positions after them that paused rounds (K = 0) left to be read later
     largest_difference: float  # over this rank's layers and all positions; 0.0 where the rank holds no layer
 
 
@@ -27,20 +28,31 @@ def audit(runner: GPUModelRunner, speculator: EasySpecSpeculator) -> list[Audite
     return [
         _audit_request(request_id, row, runner, speculator)
         for request_id, row in sorted(states.req_id_to_index.items())
-        if _calibrated_tokens(row, runner, speculator) > 0
+        if any(_calibrated_tokens(row, runner, speculator))
     ]
 
 
-def _calibrated_tokens(row: int, runner: GPUModelRunner, speculator: EasySpecSpeculator) -> int:
-    """Positions that calibration promises: what the target has computed, and the newest token if there is one."""
+def _calibrated_tokens(row: int, runner: GPUModelRunner, speculator: EasySpecSpeculator) -> tuple[int, int]:
+    """Positions that calibration promises: what the target has computed, and the newest token if there is one.
+
+    Of a request that paused rounds left behind, those before its first unread block; and how many are missing.
+    """
     computed = int(runner.req_states.num_computed_tokens.gpu[row])
+    if not computed:
+        return 0, 0
     has_newest = computed >= int(runner.req_states.prefill_len.np[row])
-    return min(computed + has_newest, speculator.max_draft_len) if computed else 0
+    tokens = min(computed + has_newest, speculator.max_draft_len)
+    table = runner.block_tables.block_tables[speculator.cache_group].gpu[row : row + 1]
+    last = torch.tensor([computed - 1], device=table.device)
+    read = min(tokens, int(speculator.unread.first_unread(table, last)))
+    return read, tokens - read
 
 
 def _audit_request(request_id: str, row: int, runner: GPUModelRunner, speculator: EasySpecSpeculator) -> AuditedRequest:
     model, pages = speculator.model, speculator.pages
-    tokens = _calibrated_tokens(row, runner, speculator)
+    tokens, unread = _calibrated_tokens(row, runner, speculator)
+    if tokens == 0:
+        return AuditedRequest(request_id, tokens, unread, 0.0)
     ids = runner.req_states.all_token_ids.gpu[row, :tokens].to(speculator.device).long()
     oracle = DensePass(tokens, model.shape.sliding_window, speculator.device)
     model(ids.clamp(max=model.shape.vocab_size - 1), speculator.precise, "attention", oracle)
@@ -49,7 +61,7 @@ def _audit_request(request_id: str, row: int, runner: GPUModelRunner, speculator
     differences = [
         _page_difference(layer, pages, table, *oracle.seen[index]) for index, layer in enumerate(pages.layers)
     ]
-    return AuditedRequest(request_id, tokens, max(differences, default=0.0))
+    return AuditedRequest(request_id, tokens, unread, max(differences, default=0.0))
 
 
 def _page_difference(

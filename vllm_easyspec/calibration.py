@@ -9,6 +9,7 @@ The host doesn't know how many drafts were rejected, and waiting for the number 
 gets as many rows as it may need, and the rows past its newest token are padding: slot -1, result unused.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -18,7 +19,8 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_easyspec.batch import DraftBatch
 from vllm_easyspec.drafter.paged_kv import Sequences
-from vllm_easyspec.ops import calibration_inputs
+from vllm_easyspec.ops import calibration_inputs, slots_of
+from vllm_easyspec.unread import Span
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,34 @@ class CalibrationScheduler:
             max_seq_len=int(batch.seq_lens_bound.max()) + 1,
         )
         return CalibrationStep(input_ids, sequences, newest_rows, newest_positions)
+
+    def catching_up(
+        self, batch: DraftBatch, spans: Sequence[Span], token_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, Sequences]:
+        """A pass over tokens of earlier rounds: their ids `[tokens] int64`, and where they lie.
+
+        token_ids: `[max_reqs, positions] int32` by request state row.
+        """
+        rows = np.array([span.row for span in spans])
+        begins, ends = (np.array([getattr(span, which) for span in spans]) for which in ("begin", "end"))
+        lens = ends - begins
+        starts_cpu = torch.from_numpy(np.concatenate([[0], np.cumsum(lens)]).astype(np.int32))
+        places = np.stack([np.repeat(rows, lens), np.concatenate([np.arange(s.begin, s.end) for s in spans])])
+        of_req, positions = async_tensor_h2d(places, self.device)
+        rows_on_device, seq_lens = async_tensor_h2d(np.stack([rows, ends]), self.device)
+        sequences = Sequences(
+            positions=positions,
+            slots=slots_of(batch.block_table, of_req, positions, self.block_size),
+            query_start_loc=async_tensor_h2d(starts_cpu, self.device),
+            query_start_loc_cpu=starts_cpu,
+            seq_lens=seq_lens.int(),
+            seq_lens_bound=torch.from_numpy(ends.astype(np.int32)),
+            block_table=batch.block_table[rows_on_device],
+            max_query_len=int(lens.max()),
+            max_seq_len=int(ends.max()),
+        )
+        ids = token_ids[batch.idx_mapping[of_req], positions].to(self.device).long()
+        return ids.clamp_(0, self.vocab_size - 1), sequences
 
     def only(self, step: CalibrationStep, batch: DraftBatch, prefilling: bool) -> CalibrationStep:
         """The same rows, but writing K/V of the prefilling (or of the decoding) requests alone."""

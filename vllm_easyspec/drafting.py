@@ -6,7 +6,7 @@ made every position up to `P` precise and gives draft 1; fuzzy step `j` reads dr
 fuzzy K/V there, and gives draft `j + 1`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +19,7 @@ from vllm_easyspec.drafter.paged_kv import DecodePass, PagedKV, PagedPass
 from vllm_easyspec.drafter.plan import LayerPlan, Scope
 from vllm_easyspec.graphs import DraftGraph, DraftGraphs
 from vllm_easyspec.metrics import PassCounters
+from vllm_easyspec.unread import Span
 
 # Samples draft `index` of the first `reqs` requests from their hidden states: (index, hidden, positions, reqs).
 Sample = Callable[[int, torch.Tensor, torch.Tensor, int], None]
@@ -74,6 +75,12 @@ class DraftLoop:
             prefilling = torch.from_numpy(batch.prefilling).to(precise.device)
             hidden = torch.where(prefilling.unsqueeze(1), precise, fuzzy)
         self._first_draft(batch, step, hidden)
+
+    def catch_up(self, batch: DraftBatch, spans: Sequence[Span], token_ids: torch.Tensor) -> torch.Tensor:
+        """Read tokens of earlier rounds precisely. Returns their slots. token_ids: by request state row."""
+        input_ids, sequences = self.calibration.catching_up(batch, spans, token_ids)
+        self.model(input_ids, self.precise, "attention", PagedPass(self.pages, sequences))
+        return sequences.slots
 
     def draft(
         self,

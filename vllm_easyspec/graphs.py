@@ -21,20 +21,15 @@ class DraftGraph(BatchExecutionDescriptor):
 
     stage: Stage = "draft"
     read: int = 1  # calibrate: rows a request
-    num_drafts: int = 0  # draft: K of the round; calibrate: 1 where the first draft is sampled, or 0
+    num_drafts: int = 1  # draft: K of the round; calibrate: 1, the first draft
     plan: LayerPlan | None = None  # draft
     scope: Scope | None = None  # draft
     lookahead: bool = False  # draft
 
     @classmethod
-    def calibrate(cls, num_reqs: int, read: int, num_drafts: int) -> "DraftGraph":
+    def calibrate(cls, num_reqs: int, read: int) -> "DraftGraph":
         return cls(
-            CUDAGraphMode.FULL,
-            num_tokens=num_reqs * read,
-            num_reqs=num_reqs,
-            stage="calibrate",
-            read=read,
-            num_drafts=min(num_drafts, 1),
+            CUDAGraphMode.FULL, num_tokens=num_reqs * read, num_reqs=num_reqs, stage="calibrate", read=read
         )
 
     @classmethod

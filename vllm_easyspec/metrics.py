@@ -87,22 +87,31 @@ class DraftStatistics:
         self.clock = StageClock(self.device)
         self.rounds = 0
         self.rounds_by_plan: Counter[tuple[int, LayerPlan, Scope]] = Counter()  # by K, 0 included
+        self.paused_rounds = 0  # of K = 0, in which the drafter read nothing
+        self.caught_up_tokens = 0  # read later for them
         self.eager_rounds = 0  # rounds whose fuzzy steps did not come from a graph
         self.replays = 0
         # Decoding requests by tokens that stood in their step (1 to K + 1); their drafts untested [0] and tested [1].
         self.stood = torch.zeros(2, self.max_drafts + 2, dtype=torch.int64, device=self.device)
         self.ones = torch.ones(1, dtype=torch.int64, device=self.device)
         self.calibrated_prefill_tokens = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.paused_decode_tokens = torch.zeros((), dtype=torch.int64, device=self.device)
 
-    def count_round(self, batch: DraftBatch, tested: np.ndarray) -> None:
+    def count_round(self, batch: DraftBatch, tested: np.ndarray, paused: bool) -> None:
         """tested: `[reqs] bool`, requests that the target read drafts of. Never waits for the device."""
         self.rounds += 1
+        self.paused_rounds += paused
         if not batch.prefilling.any() and tested.all():
             self.stood[1].scatter_add_(0, batch.num_valid, self.ones.expand(batch.num_reqs))
+            if paused:
+                self.paused_decode_tokens += batch.num_valid.sum()
             return
         masks = async_tensor_h2d(np.stack([batch.prefilling, tested]), self.device)
         prefilling, read_drafts = masks
-        self.calibrated_prefill_tokens += ((batch.num_valid + batch.sampled) * prefilling).sum()
+        if paused:
+            self.paused_decode_tokens += (batch.num_valid * ~prefilling).sum()
+        else:
+            self.calibrated_prefill_tokens += ((batch.num_valid + batch.sampled) * prefilling).sum()
         cells = read_drafts * self.stood.shape[1] + batch.num_valid.clamp(max=self.max_drafts + 1)
         self.stood.view(-1).scatter_add_(0, cells * ~prefilling, (~prefilling).long())
 
@@ -123,8 +132,10 @@ class DraftStatistics:
             "accepted_at": accepted,
             "acceptance": [round(a / verified, 4) if verified else None for a in accepted],
             "tokens_a_round": round(1 + sum(accepted) / verified, 4) if verified else None,
-            "calibrated_decode_tokens": calibrated,
+            "calibrated_decode_tokens": calibrated - int(self.paused_decode_tokens),
             "calibrated_prefill_tokens": int(self.calibrated_prefill_tokens),
+            "paused_rounds": self.paused_rounds,
+            "caught_up_tokens": self.caught_up_tokens,
             "stages": {name: asdict(counters) for name, counters in self.stages.items()},
             "stage_ms": self.clock.medians(),
         }

@@ -34,6 +34,7 @@ from vllm_easyspec.lookahead import LookaheadFile, LookaheadMaps, checkpoint_fol
 from vllm_easyspec.metrics import DraftStatistics
 from vllm_easyspec.plugin import DRAFTER_ARCHITECTURE
 from vllm_easyspec.support import check_attention_backend
+from vllm_easyspec.unread import UnreadBlocks
 
 logger = init_logger("vllm.easyspec")
 
@@ -90,8 +91,11 @@ class EasySpecSpeculator(DraftModelSpeculator):
         self.all_have_room = True  # the host knows that no context fills up in this round
         self.graphs_test_room = False  # draft graphs serve requests beyond the drafter's context too
         self.graphs: DraftGraphs | None = None  # vLLM drops it around memory profiling
+        # vLLM's tokens of each request, `[max reqs, positions] int32` by request state row; the worker hands them over.
+        self.token_ids: torch.Tensor
         self.pages: PagedKV
         self.loop: DraftLoop
+        self.unread: UnreadBlocks
 
     # ---- one round ----
 
@@ -135,7 +139,15 @@ class EasySpecSpeculator(DraftModelSpeculator):
             return self._round(batch)
         clock = self.statistics.clock
         clock.stop("verify")
-        self._count(input_batch, batch)
+        # Only vLLM's table says K = 0: a batch size where speculation does not pay.
+        pause = batch.num_drafts == 0 and self.may_pause and self.drafting.calibration == "every_round"
+        self._count(input_batch, batch, pause)
+        if pause:
+            self.unread.pause(batch)
+            return self.draft_tokens[: batch.num_reqs].fill_(FILLER)
+        clock.start("calibrate")
+        if self.unread.any:
+            self._catch_up(batch, input_batch.req_ids)
         drafts = self._round(batch)
         clock.stop("draft")
         if self.options.check_ranks:
@@ -148,7 +160,6 @@ class EasySpecSpeculator(DraftModelSpeculator):
         plan, scope = self.drafting.choice(reqs)
         self.all_have_room = int(batch.seq_lens_bound.max()) + 1 + self.num_speculative_steps < self.max_draft_len
 
-        clock.start("calibrate")
         if graph := self._calibration_graph(batch):
             self.loop.load(batch, graph)
             self._replay(graph)
@@ -171,6 +182,14 @@ class EasySpecSpeculator(DraftModelSpeculator):
             # Not before, and in these rows only: drafts on their way are tested against the logits they came from.
             self.draft_logits[batch.idx_mapping, num_drafts:] = self.filler_logits
         return self.draft_tokens[:reqs]
+
+    def _catch_up(self, batch: DraftBatch, req_ids: list[str]) -> None:
+        """Read what paused rounds left unread, as far as it fits in one round."""
+        spans = self.unread.spans_to_read(batch, req_ids, self.vllm_config.scheduler_config.max_num_batched_tokens)
+        if spans:
+            self.model.counters = self.statistics.stages["calibrate"]
+            self.unread.have_read(self.loop.catch_up(batch, spans, self.token_ids))
+            self.statistics.caught_up_tokens += sum(span.end - span.begin for span in spans)
 
     def _sample(self, index: int, hidden: torch.Tensor, positions: torch.Tensor, reqs: int) -> None:
         """Draft `index` of each request, from the hidden state at `positions`; logits are kept if it is sampled."""
@@ -197,11 +216,11 @@ class EasySpecSpeculator(DraftModelSpeculator):
         self.statistics.replays += 1
 
     def _calibration_graph(self, batch: DraftBatch) -> DraftGraph | None:
-        """The graph for this batch: all requests decode, each with as many tokens."""
+        """The graph for this batch: all requests decode, each with as many tokens, and are to draft."""
         read = int(batch.query_lens[0])
         if batch.prefilling.any() or (batch.query_lens != read).any() or self.drafting.calibration == "never":
             return None
-        return self._captured(batch, lambda rows: DraftGraph.calibrate(rows, read, batch.num_drafts))
+        return self._captured(batch, lambda rows: DraftGraph.calibrate(rows, read)) if batch.num_drafts else None
 
     def _draft_graph(self, batch: DraftBatch, plan: LayerPlan, scope: Scope) -> DraftGraph | None:
         if batch.num_drafts < 2:
@@ -231,8 +250,7 @@ class EasySpecSpeculator(DraftModelSpeculator):
         wanted: dict[DraftGraph, None] = {}
         for size, num_drafts in itertools.product(sizes, drafts):
             if size * (num_drafts + 1) <= self.graphs.max_tokens:
-                for sampled in drafts:
-                    wanted[DraftGraph.calibrate(size, num_drafts + 1, sampled)] = None
+                wanted[DraftGraph.calibrate(size, num_drafts + 1)] = None
             if num_drafts > 1:
                 for reqs in self.graphs.padded_to(size):
                     choice = self.drafting.choice(reqs)
@@ -253,10 +271,10 @@ class EasySpecSpeculator(DraftModelSpeculator):
 
     # ---- counting ----
 
-    def _count(self, input_batch: InputBatch, batch: DraftBatch) -> None:
+    def _count(self, input_batch: InputBatch, batch: DraftBatch, paused: bool) -> None:
         drafts = input_batch.num_draft_tokens_per_req
         tested = np.zeros(batch.num_reqs, dtype=bool) if drafts is None else drafts[: batch.num_reqs] > 0
-        self.statistics.count_round(batch, tested)
+        self.statistics.count_round(batch, tested, paused)
         self.statistics.rounds_by_plan[batch.num_drafts, *self.drafting.choice(batch.num_reqs)] += 1
 
     def _check_ranks(self, batch: DraftBatch, drafts: torch.Tensor) -> None:
@@ -416,6 +434,8 @@ class EasySpecSpeculator(DraftModelSpeculator):
             self.draft_tokens,
             self._sample,
         )
+        self.unread = UnreadBlocks(self.kv_cache_config.num_blocks, block_size, self.max_draft_len, self.device)
+        self.may_pause = 0 in self._possible_drafts()
         if self.draft_logits is not None:
             self.filler_logits = torch.full_like(self.draft_logits[0, 0], torch.finfo(self.draft_logits.dtype).min)
             self.filler_logits[FILLER] = 0

@@ -40,6 +40,7 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
         # The runner has built vLLM's own draft-model speculator; let go of its buffers before ours are made.
         self.model_runner.speculator = None
         self.model_runner.speculator = EasySpecSpeculator(self.vllm_config, self.device)
+        self.speculator.token_ids = self.model_runner.req_states.all_token_ids.gpu
         self.model_runner.lora_state = VerifyingLoraState(self.scheduler_config.max_num_seqs)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
@@ -55,6 +56,8 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
     def execute_model(self, scheduler_output: Any) -> Any:
         self.speculator.statistics.clock.start("verify")
         self.model_runner.lora_state.drafts = scheduler_output.scheduled_spec_decode_tokens
+        if scheduler_output.kv_cache_block_copies:
+            self.speculator.unread.copied(scheduler_output.kv_cache_block_copies)
         return super().execute_model(scheduler_output)
 
     def easyspec_stats(self, reset: bool = False) -> dict:

@@ -1,7 +1,18 @@
 """A plan and a K for each range of batch sizes, and plans swapped under load: lossless, with precise pages."""
 
 import pytest
-from engines import AUDIT_LIMIT, audit, configure, easyspec, engine, greedy, mixed_prompts, stats, token_ids
+from engines import (
+    AUDIT_LIMIT,
+    audit,
+    configure,
+    easyspec,
+    engine,
+    greedy,
+    metric,
+    mixed_prompts,
+    stats,
+    token_ids,
+)
 
 pytestmark = pytest.mark.engine
 NEW_TOKENS = 60
@@ -87,6 +98,51 @@ def test_k_goes_to_0_and_back(llm, expected):
     assert by_k.index(0) > by_k.index(5) and 5 in by_k[by_k.index(0) :], "K goes from 5 to 0 and back"
     assert len(audited) > 16 and max(request["largest_difference"] for request in audited) < AUDIT_LIMIT
     assert stats(llm)[0]["accepted_at"][4] > 0
+
+
+def test_paused_rounds_leave_pages_unread_until_a_round_drafts(llm, expected):
+    """16 requests: K = 0, and the drafter reads nothing. Three of them alone: first they are caught up with."""
+    llm.reset_prefix_cache()
+    configure(llm, restore=True)
+    unread, differences = [], []
+
+    def at_step(step: int) -> None:
+        found = audit(llm)
+        unread.append(sum(request["unread"] for request in found))
+        differences.extend(request["largest_difference"] for request in found)
+
+    assert run(llm, {0: range(16)}, at_step) == cut(expected)
+    for rank in stats(llm):
+        assert rank["paused_rounds"] > 0 and 0 < rank["caught_up_tokens"]
+    most = unread.index(max(unread))
+    assert max(unread) > 16 * 20, "nothing is read while K = 0"
+    assert 0 in unread[most:], "all is read afterwards"
+    assert any(0 < left < unread[most] for left in unread[most + 1 :]), "no more in a round than an engine step may hold"
+    assert max(differences) < AUDIT_LIMIT
+
+
+def test_prefix_caching_shares_unread_blocks(llm, expected):
+    """Answers of paused rounds become prompts when K is 5: their cached blocks are read before drafting."""
+    llm.reset_prefix_cache()
+    configure(llm, restore=True)
+    prompts = mixed_prompts()
+    answered = llm.generate(prompts, greedy(NEW_TOKENS), use_tqdm=False)
+    assert [list(out.outputs[0].token_ids) for out in answered] == expected
+    assert stats(llm, reset=True)[0]["paused_rounds"] > 0
+    hits, core, known = metric(llm, "vllm:prefix_cache_hits"), llm.llm_engine, NEW_TOKENS - 10
+    for index in range(8, 11):
+        ids = list(answered[index].prompt_token_ids) + expected[index][:known]
+        core.add_request(f"again-{index}", {"prompt_token_ids": ids}, greedy(10))
+    answers, audited = {}, []
+    while core.has_unfinished_requests():
+        for out in core.step():
+            answers[out.request_id] = list(out.outputs[0].token_ids)
+        audited += audit(llm)
+    assert [answers[f"again-{index}"] for index in range(8, 11)] == [expected[i][known:] for i in range(8, 11)]
+    assert metric(llm, "vllm:prefix_cache_hits") > hits
+    assert stats(llm)[0]["caught_up_tokens"] > 0 and stats(llm)[0]["paused_rounds"] == 0
+    assert len(audited) > 3 and not any(request["unread"] for request in audited)
+    assert max(request["largest_difference"] for request in audited) < AUDIT_LIMIT
 
 
 def test_plans_swapped_under_load(llm, expected):

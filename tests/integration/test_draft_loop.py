@@ -96,7 +96,7 @@ class Rounds:
         self.loop.positions.random_(0, 50)  # of an earlier round
         self.loop.live.fill_(True)
         batch = self.batch(state)
-        calibrate = DraftGraph.calibrate(self.graphs.padded(batch.num_reqs), K + 1, K)
+        calibrate = DraftGraph.calibrate(self.graphs.padded(batch.num_reqs), K + 1)
         self.loop.load(batch, calibrate)
         self.graphs.replay(calibrate)
         self.graphs.replay(DraftGraph.draft(SIZE, K, PLAN, scope))
@@ -110,7 +110,7 @@ class Rounds:
 
     @torch.inference_mode()
     def record(self) -> None:
-        wanted = [DraftGraph.calibrate(SIZE, K + 1, K)]
+        wanted = [DraftGraph.calibrate(SIZE, K + 1)]
         wanted += [DraftGraph.draft(SIZE, K, PLAN, scope) for scope in ("attention", "block")]
         self.loop.record(self.graphs, wanted)
 
