@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from vllm_easyspec.drafter.plan import SCOPES, LayerPlan
-from vllm_easyspec.lookahead import rms_scaled
+from vllm_easyspec.lookahead import known_features, rms_scaled
 from vllm_easyspec.tune.fit import Moments, cut
 
 PROMPT, NEW, LENGTH = 64, 64, 256  # tokens of a prompt, written after it, and of a sequence of the fit
@@ -115,6 +115,13 @@ class Variant:
     previous: bool = False  # the last token's final hidden state among the features
     own: float = 0.0  # share of the sequences that the drafter goes on with
     kv_only: bool = False  # the maps serve keys and values, queries read the group's input
+    bent: bool = False  # absolute values among the features
+
+    def known(self, h: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
+        """What every map of a group with input h reads; f: the last token's final hidden state."""
+        if self.bent:
+            return known_features(h, f)
+        return torch.cat([rms_scaled(h), f], dim=-1) if self.previous else rms_scaled(h)
 
 
 VARIANTS = (
@@ -123,6 +130,7 @@ VARIANTS = (
     Variant("+ previous token", drafted=True, previous=True),
     Variant("+ own text", drafted=True, previous=True, own=0.5),
     Variant("keys and values only", drafted=True, previous=True, own=0.5, kv_only=True),
+    Variant("+ absolute values", drafted=True, previous=True, own=0.5, bent=True),
 )
 
 
@@ -173,7 +181,7 @@ class Rows:
         x, states = self.model.embedding[ids], States()
         for group in plan.groups:
             g, h = group.start, x
-            known = torch.cat([rms_scaled(h), f], dim=-1) if variant.previous else rms_scaled(h)
+            known = variant.known(h, f)
             states.starts[g] = h
             attentions = []
             for i in group:
@@ -231,7 +239,7 @@ def fit(model: Dense, text: torch.Tensor, plan: LayerPlan, scope: str, variant: 
         x, a = ([s[:, 1:] for s in kind] for kind in (states.inputs, states.attentions))
         f = model.final(states.inputs[-1])[:, :-1]
         for g, i in pairs:
-            known = torch.cat([rms_scaled(x[g]), f], dim=-1) if variant.previous else rms_scaled(x[g])
+            known = variant.known(x[g], f)
             p = x[g] + sum(a[g : i + 1])
             add("attention", g, i, known, x[i] - x[g])
             if scope == "block":
@@ -248,7 +256,7 @@ def fit(model: Dense, text: torch.Tensor, plan: LayerPlan, scope: str, variant: 
         for (states, f), (wanted, _) in zip(seen, true, strict=True):
             for g, i in pairs:
                 h, p = states.starts[g], states.prefixes[i]
-                known = torch.cat([rms_scaled(h), f], dim=-1) if variant.previous else rms_scaled(h)
+                known = variant.known(h, f)
                 add("attention", g, i, known, wanted.inputs[i] - h)
                 if scope == "block":
                     add("mlp", g, i, torch.cat([known, rms_scaled(p)], dim=-1), wanted.prefixes[i] - p)

@@ -108,7 +108,7 @@ def cases(shape: Shape, tokens: int, layers: int, dtype: torch.dtype) -> dict[st
             randn(layers, tokens, hidden),
             randn(tokens, hidden),
             randn(tokens, hidden),
-            randn(layers, 3 * hidden, hidden // 2).bfloat16(),
+            randn(layers, 5 * hidden, hidden // 2).bfloat16(),
             randn(layers, hidden // 2, hidden).bfloat16(),
             randn(layers, hidden).bfloat16(),
             layers,

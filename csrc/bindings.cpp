@@ -501,7 +501,7 @@ Tensor look_ahead(const Tensor& x,
   const int64_t tokens = h.size(0), hidden = h.size(1), inputs = down.size(1), rank = down.size(2);
   const int64_t layers = count - first;
   const ScalarType dtype = x.scalar_type(), maps_dtype = down.scalar_type();
-  STD_TORCH_CHECK(inputs == (one_input ? 2 : 3) * hidden, "down does not fit the features");
+  STD_TORCH_CHECK(inputs == (one_input ? 4 : 5) * hidden && hidden % 2 == 0, "down does not fit the features");
   check_contiguous(x, "x", dtype, (one_input ? 1 : count) * tokens * hidden);
   check_contiguous(h, "h", dtype, tokens * hidden);
   check_contiguous(previous, "previous", dtype, tokens * hidden);

@@ -166,9 +166,15 @@ void features_phase(const LookAhead& a, int64_t begin, int64_t end) {
       float* out = a.features + row * a.inputs;
       const T* previous = static_cast<const T*>(a.previous) + token * a.hidden;
       scaled(static_cast<const T*>(a.h) + token * a.hidden, out);
-      for (int64_t i = 0; i < a.hidden; ++i) out[a.hidden + i] = to_float(previous[i]);
-      if (a.inputs > 2 * a.hidden) {
-        scaled(static_cast<const T*>(a.x) + layer * a.layer_step + token * a.hidden, out + 2 * a.hidden);
+      const int64_t half = a.hidden / 2;
+      float* bent = out + a.hidden;
+      for (int64_t i = 0; i < a.hidden; ++i) bent[i] = std::fabs(out[i]);
+      bent += a.hidden;
+      for (int64_t i = 0; i < half; ++i) bent[i] = std::fabs(out[i] + out[half + i]);
+      for (int64_t i = 0; i < half; ++i) bent[half + i] = std::fabs(out[i] - out[half + i]);
+      for (int64_t i = 0; i < a.hidden; ++i) out[3 * a.hidden + i] = to_float(previous[i]);
+      if (a.inputs > 4 * a.hidden) {
+        scaled(static_cast<const T*>(a.x) + layer * a.layer_step + token * a.hidden, out + 4 * a.hidden);
       }
     }
   });

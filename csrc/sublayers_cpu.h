@@ -81,7 +81,8 @@ void norm_phase(const SumOfMlps& args, int64_t begin, int64_t end);     // layer
 void gate_up_phase(const SumOfMlps& args, int64_t begin, int64_t end);  // layers x tiles of the width
 void down_phase(const SumOfMlps& args, int64_t begin, int64_t end);     // tiles of columns
 
-// What layers of a group read in place of x: x + [h / rms(h), previous (, x / rms(x))] times down times up + bias.
+// What layers of a group read in place of x: x + [u, |u|, |a + b|, |a - b|, previous (, x / rms(x))] times down times
+// up + bias, where u = h / rms(h), and a and b are its halves.
 struct LookAhead {
   const void* x;         // [tokens, hidden], or [layers, tokens, hidden]
   int64_t layer_step;    // elements from a layer's x to the next one's, 0 for one x
@@ -96,7 +97,7 @@ struct LookAhead {
   int64_t layers;
   int64_t tokens;
   int64_t hidden;
-  int64_t inputs;  // 2 or 3 times hidden
+  int64_t inputs;  // 4 or 5 times hidden, which is even
   int64_t rank;
   float eps;
   DType dtype;

@@ -28,9 +28,7 @@ class DraftGraph(BatchExecutionDescriptor):
 
     @classmethod
     def calibrate(cls, num_reqs: int, read: int) -> "DraftGraph":
-        return cls(
-            CUDAGraphMode.FULL, num_tokens=num_reqs * read, num_reqs=num_reqs, stage="calibrate", read=read
-        )
+        return cls(CUDAGraphMode.FULL, num_tokens=num_reqs * read, num_reqs=num_reqs, stage="calibrate", read=read)
 
     @classmethod
     def draft(

@@ -1,9 +1,10 @@
 """Look-ahead maps: affine maps that predict, inside a group, what a layer's input would be had it waited its turn.
 
 In a group that starts at layer `g` with input `h`, every attention reads `h`, though layer `i` would read `x_i`. Most
-of what is missing is a linear function of what is known: `u = h / rms(h)`, and `f`, the final hidden state of the token
-before. So attention `i` reads `h + [u, f] A_gi + b_gi`; in block scope MLP `i` reads
-`p_i + [u, f, p_i / rms(p_i)] M_gi + c_gi`, `p_i` being the group's input and the attentions up to `i`.
+of what is missing can be told from what is known: `k`, which is `u = h / rms(h)`, absolute values of it
+(`ops.group_features`), and the final hidden state of the token before. So attention `i` reads `h + k A_gi + b_gi`; in
+block scope MLP `i` reads `p_i + [k, p_i / rms(p_i)] M_gi + c_gi`, `p_i` being the group's input and the attentions up
+to `i`.
 `vllm-easyspec fit` solves for the maps in closed form (`tune/fit.py`).
 
 A file holds, for each `g`, maps for the layers `g + 1 .. g + n`, so it serves any plan whose groups are no longer than
@@ -27,10 +28,10 @@ from vllm_easyspec.config import ConfigError
 from vllm_easyspec.drafter.architectures import DrafterShape
 from vllm_easyspec.drafter.placement import LayerPlacement
 from vllm_easyspec.drafter.plan import LayerPlan
-from vllm_easyspec.ops import WHY_NOT_NATIVE, look_ahead
+from vllm_easyspec.ops import WHY_NOT_NATIVE, group_features, look_ahead
 
-FORMAT = "vllm_easyspec look-ahead maps, 1"
-KINDS = {"attention": 2, "mlp": 3}  # how many vectors of the hidden size a map reads
+FORMAT = "vllm_easyspec look-ahead maps, 2"
+KINDS = {"attention": 4, "mlp": 5}  # how many vectors of the hidden size a map reads
 PARTS = ("down", "up", "bias")
 EPS = 1e-6  # in the root mean square of a vector
 # Of each file of weights, as many evenly spaced samples of this size go into the drafter's identity: a fine-tuned copy
@@ -91,7 +92,8 @@ class LookaheadFile:
         metadata = json.loads(text) if text else {}
         if metadata.get("format") != FORMAT:
             raise ConfigError(
-                f"lookahead={path!r} holds {metadata.get('format')!r} where {FORMAT!r} is needed. {remedy}"
+                f"lookahead={path!r} holds {metadata.get('format')!r} where {FORMAT!r} is needed. Give a file that "
+                "vllm-easyspec fit wrote; maps of other versions must be fitted again"
             )
         reach = {int(start): last for start, last in metadata["reach"].items()}
         rank, hidden = metadata["rank"], metadata["hidden_size"]
@@ -177,7 +179,7 @@ def write_maps(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mappin
 class StackedMaps(NamedTuple):
     """The maps of consecutive layers, each `x + features @ down @ up + bias`. A shorter group takes a prefix."""
 
-    down: torch.Tensor  # [layers, 2 or 3 * hidden, rank]
+    down: torch.Tensor  # [layers, 4 or 5 * hidden, rank]
     up: torch.Tensor  # [layers, rank, hidden]
     bias: torch.Tensor  # [layers, hidden]
 
@@ -252,6 +254,11 @@ class GroupLookahead:
 
     def _corrected(self, maps: StackedMaps, x: torch.Tensor, layers: int, first: bool) -> torch.Tensor:
         return look_ahead(x, self.h, self.previous, maps.down, maps.up, maps.bias, layers, first, EPS)
+
+
+def known_features(h: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+    """What every map of a group reads of its input and of the token before; all `[..., n * hidden]`."""
+    return group_features(h, previous, EPS)
 
 
 def rms_scaled(x: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,8 @@ class Span:
 class UnreadBlocks:
     def __init__(self, num_blocks: int, block_size: int, max_len: int, device: torch.device):
         """max_len: positions that the drafter may hold, `[0, max_len)`."""
-        self.marks = torch.zeros(num_blocks, dtype=torch.bool, device=device)  # that of vLLM's null block, 0, says nothing
+        # That of block 0, vLLM's null block, says nothing.
+        self.marks = torch.zeros(num_blocks, dtype=torch.bool, device=device)
         self.block_size = block_size
         self.max_len = max_len
         self.any = False  # False: the host knows that no block is marked
@@ -94,8 +95,9 @@ class UnreadBlocks:
         and a decoding request's first token, which the round before would have calibrated."""
         width = -(-int(batch.seq_lens_bound.max()) // self.block_size)
         first = self.first_unread(batch.block_table[:, :width], batch.start_positions)
-        begins, starts, marked = torch.stack([first, batch.start_positions, self.marks[1:].any().expand_as(first)]).tolist()
-        self.any = bool(marked[0])
+        left = self.marks[1:].any().expand_as(first)
+        begins, starts, any_left = torch.stack([first, batch.start_positions, left]).tolist()
+        self.any = bool(any_left[0])
         ends = np.minimum(np.array(starts) + ~batch.prefilling, self.max_len).tolist()
         return [Span(row, begin, end) for row, (begin, end) in enumerate(zip(begins, ends, strict=True)) if begin < end]
 

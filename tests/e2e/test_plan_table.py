@@ -117,7 +117,9 @@ def test_paused_rounds_leave_pages_unread_until_a_round_drafts(llm, expected):
     most = unread.index(max(unread))
     assert max(unread) > 16 * 20, "nothing is read while K = 0"
     assert 0 in unread[most:], "all is read afterwards"
-    assert any(0 < left < unread[most] for left in unread[most + 1 :]), "no more in a round than an engine step may hold"
+    assert any(0 < left < unread[most] for left in unread[most + 1 :]), (
+        "no more in a round than an engine step may hold"
+    )
     assert max(differences) < AUDIT_LIMIT
 
 

@@ -19,7 +19,7 @@ def random_maps(hidden: int, reach: dict[int, int]) -> dict[str, torch.Tensor]:
 
     tensors = {}
     for start, last in reach.items():
-        for kind, inputs in (("attention", 2), ("mlp", 3)):
+        for kind, inputs in (("attention", 4), ("mlp", 5)):
             layers = last - start
             tensors[f"{kind}.{start}.down"] = noise(layers, inputs * hidden, MAP_RANK) * (inputs * hidden) ** -0.5
             tensors[f"{kind}.{start}.up"] = noise(layers, MAP_RANK, hidden) * MAP_RANK**-0.5

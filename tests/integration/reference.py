@@ -50,7 +50,7 @@ class DenseRequest:
             group = range(first, first + size)
             first += size
             h = x
-            known = torch.cat([_scaled(h), self.final[-1:]], dim=-1) if maps else None
+            known = known_features(h, self.final[-1:]) if maps else None
             inputs = {layer: _corrected(h, known, maps, ("attention", group.start, layer)) for layer in group}
             a = {layer: self._attention(layer, inputs[layer], positions, cos, sin) for layer in group}
             if scope == "attention":
@@ -94,6 +94,15 @@ class DenseRequest:
             hidden |= distance >= self.sliding_window
         weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
         return module.o_proj(torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
+
+
+def known_features(h: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+    """What look-ahead maps know of a group's input and of the token before, number by number."""
+    u = _scaled(h)
+    half = u.shape[-1] // 2
+    pairs = [(u[..., i], u[..., half + i]) for i in range(half)]
+    sums, differences = (torch.stack([a + sign * b for a, b in pairs], dim=-1) for sign in (1, -1))
+    return torch.cat([u, u.abs(), sums.abs(), differences.abs(), previous], dim=-1)
 
 
 def _scaled(x: torch.Tensor) -> torch.Tensor:

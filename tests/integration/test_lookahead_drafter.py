@@ -11,7 +11,7 @@ from reference import DenseRequest
 
 from vllm_easyspec.standalone import run_ranks
 
-TOLERANCE = 1e-4
+TOLERANCE = 2e-4
 CASE = next(case for case in CASES if case.name == "llama3_rope")
 LAYERS, HIDDEN = CASE.config.num_hidden_layers, CASE.config.hidden_size
 # Longer than some groups, so that a group takes a part of its maps.
@@ -93,8 +93,8 @@ def test_the_precise_plan_does_not_touch_them(ranks, results_at, checkpoint):
 
 
 def test_a_rank_holds_the_attention_maps_of_its_own_layers(results_at):
-    attention = MAP_RANK * 3 * HIDDEN + HIDDEN
-    mlp = MAP_RANK * 4 * HIDDEN + HIDDEN
+    attention = MAP_RANK * 5 * HIDDEN + HIDDEN
+    mlp = MAP_RANK * 6 * HIDDEN + HIDDEN
     for rank, result in enumerate(results_at(4)):
         own = sum(layer % 4 == rank for start, last in REACH.items() for layer in range(start + 1, last + 1))
         every = sum(last - start for start, last in REACH.items())

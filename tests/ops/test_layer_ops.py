@@ -243,7 +243,7 @@ def look_ahead_arguments(
 ):
     """The first `layers` of 5."""
     maps_dtype = maps_dtype or dtype
-    inputs = (3 if own else 2) * hidden
+    inputs = (5 if own else 4) * hidden
     return (
         randn(*((layers,) if own else ()), tokens, hidden, dtype=dtype, scale=3),
         randn(tokens, hidden, dtype=dtype, scale=3),

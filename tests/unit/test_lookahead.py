@@ -82,13 +82,15 @@ def test_a_map_of_lower_rank_is_the_best_of_that_rank():
 def test_a_map_of_full_rank_predicts_what_the_ridge_solution_does():
     x, y = samples(features=24, outputs=8)
     pair = PairMoments(moments(x, y), moments(x, y))
-    fitted, _ = pair.of_kind("mlp")  # 3 * 4 features, the second 4 outputs
-    assert fitted.gram.shape == (13, 13) and fitted.cross.shape == (13, 4)
+    fitted, _ = pair.of_kind("attention")  # the first 4 * 4 features and 4 outputs
+    assert fitted.gram.shape == (17, 17) and fitted.cross.shape == (17, 4)
+    fitted, _ = pair.of_kind("mlp")  # the first 5 * 4 features, the other 4 outputs
+    assert fitted.gram.shape == (21, 21) and fitted.cross.shape == (21, 4)
     down, up, bias = fitted.solve(1e-3, rank=4)
     full = fitted.solve(1e-3)
     torch.testing.assert_close(down @ up, full[0] @ full[1])
     torch.testing.assert_close(bias, full[2])
-    x, y = x[:, :12].double(), y[:, 4:].double()
+    x, y = x[:, :20].double(), y[:, 4:].double()
     centred = x - x.mean(0)
     gram = centred.T @ centred
     weights = torch.linalg.solve(gram + 1e-3 * torch.diag(gram.diagonal()), centred.T @ y)
@@ -152,7 +154,7 @@ def tensors(reach: dict[int, int], rank: int = 4) -> dict[str, torch.Tensor]:
     sizes = {"down": lambda n, f: (n, f, rank), "up": lambda n, f: (n, rank, HIDDEN), "bias": lambda n, f: (n, HIDDEN)}
     return {
         f"{kind}.{start}.{part}": torch.randn(size(last - start, inputs * HIDDEN), generator=GENERATOR)
-        for kind, inputs in (("attention", 2), ("mlp", 3))
+        for kind, inputs in (("attention", 4), ("mlp", 5))
         for start, last in reach.items()
         for part, size in sizes.items()
     }
@@ -180,7 +182,9 @@ def test_a_group_computes_its_definition(maps_file):
     stored = load_file(maps_file)
     h, previous = torch.randn(3, HIDDEN, generator=GENERATOR), torch.randn(3, HIDDEN, generator=GENERATOR)
     prefixes = torch.randn(3, 3, HIDDEN, generator=GENERATOR)
-    known = torch.cat([h / h.pow(2).mean(-1, keepdim=True).sqrt(), previous], -1)
+    u = h / h.pow(2).mean(-1, keepdim=True).sqrt()
+    first, second = u[:, : HIDDEN // 2], u[:, HIDDEN // 2 :]
+    known = torch.cat([u, u.abs(), (first + second).abs(), (first - second).abs(), previous], -1)
     for rank, own in ((0, [6]), (1, [5, 7])):  # of the group 5, 6, 7
         maps = LookaheadMaps.load(LookaheadFile.read(str(maps_file)), LayerPlacement(10, 2), rank, torch.ones(1))
         group = maps.of_group(5, h, previous)
@@ -219,9 +223,9 @@ def without(path, name, **changes):
         (lambda path: path.unlink(), "can't be read: .*Give a file that vllm-easyspec fit wrote"),
         (lambda path: path.write_text("no maps"), "can't be read: .*Give a file that vllm-easyspec fit wrote"),
         (lambda path: save_file({"x": torch.ones(1)}, path), "holds None where '.*' is needed"),
-        (lambda path: without(path, "", format="2"), "holds '2' where '.*' is needed"),
+        (lambda path: without(path, "", format="2"), "holds '2' where '.*' is needed.*must be fitted again"),
         (lambda path: without(path, "mlp.5.up"), r"tensor mlp\.5\.up has shape None where \(3, 4, 128\) is needed"),
-        (lambda path: without(path, "", rank=5), r"tensor attention\.1\.down has shape .* where \(3, 256, 5\) is"),
+        (lambda path: without(path, "", rank=5), r"tensor attention\.1\.down has shape .* where \(3, 512, 5\) is"),
         (lambda path: without(path, "", drafter="?"), "was fitted on another drafter than .*Fit maps for this one"),
     ],
     ids=["missing", "not-safetensors", "other-safetensors", "format", "tensor", "shape", "drafter"],

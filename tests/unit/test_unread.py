@@ -97,7 +97,10 @@ class Engine:
         for row, (request, _) in enumerate(batch):
             table[row, : len(request.blocks)] = torch.tensor(request.blocks)
         starts = np.array([request.computed for request, _ in batch])
-        valid = [read if prefilling else self.rng.randint(1, read) for (_, prefilling), read in zip(batch, reads, strict=True)]
+        valid = [
+            read if prefilling else self.rng.randint(1, read)
+            for (_, prefilling), read in zip(batch, reads, strict=True)
+        ]
         empty = torch.zeros(0)
         return DraftBatch(
             num_reqs=len(batch),
@@ -172,7 +175,9 @@ def test_more_than_the_budget_is_read_in_several_rounds():
         spans = engine.unread.spans_to_read(drafting, ["one"], 10)
         found += [(span.begin, span.end) for span in spans]
         assert ("one" in engine.unread.up_to_date) == (found[-1][1] == 21)
-        engine.unread.have_read(torch.tensor([4 + position for span in spans for position in range(span.begin, span.end)]))
+        engine.unread.have_read(
+            torch.tensor([4 + position for span in spans for position in range(span.begin, span.end)])
+        )
     assert found == [(0, 8), (8, 16), (16, 21)]
 
 

@@ -4,7 +4,8 @@ Ownership. vLLM's K/V cache manager hands out blocks; target and drafter share o
 request means page `b` of every layer, the target's and the drafter's. A rank holds pages only for the layers that live
 on it. What is in a drafter page: precise K/V for every position up to a request's newest token once a round's
 calibration has run, and fuzzy K/V for at most K-1 positions above it, which the next calibration overwrites or which
-no one reads. A page that vLLM shares through prefix caching holds only positions that calibration has passed.
+no one reads. A page that vLLM shares through prefix caching holds only positions that calibration has passed. Where
+rounds of K = 0 were paused, pages are behind; their blocks are marked and read before the next draft (`unread.py`).
 
 The virtual batch. vLLM lays the pages of layers with one spec out one layer after another, with one stride. So the
 pages of a rank's layers `s .. s+G-1` are one row of `G * num_blocks` pages that starts at layer `s`, and `G` layers

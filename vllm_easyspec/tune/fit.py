@@ -4,7 +4,7 @@ Two passes over the same sequences, in the drafter's real ranks with its real pa
 fits every map on precise inputs. The second drafts from many positions, as a round does, with the given plans in both
 scopes and the maps of the first; it fits their maps again on the inputs that drafting really sees, so that they also
 correct what earlier groups left wrong. Each rank fits the maps of its own layers. Nothing grows with the text: a pair
-of layers keeps moments in two matrices, `[3 hidden + 1, 3 hidden + 1]` and `[3 hidden + 1, 2 hidden] float64`, and as
+of layers keeps moments in two matrices, `[5 hidden + 1, 5 hidden + 1]` and `[5 hidden + 1, 2 hidden] float64`, and as
 much again of held-out sequences.
 """
 
@@ -27,7 +27,15 @@ from vllm_easyspec.bench import BenchmarkError
 from vllm_easyspec.bench.prompts import json_lines, read_text
 from vllm_easyspec.config import ConfigError
 from vllm_easyspec.drafter.plan import SCOPES, LayerPlan, Scope
-from vllm_easyspec.lookahead import KINDS, PARTS, LookaheadMaps, drafter_identity, rms_scaled, write_maps
+from vllm_easyspec.lookahead import (
+    KINDS,
+    PARTS,
+    LookaheadMaps,
+    drafter_identity,
+    known_features,
+    rms_scaled,
+    write_maps,
+)
 from vllm_easyspec.standalone import StandaloneDrafter, run_ranks
 from vllm_easyspec.support import read_drafter
 
@@ -149,14 +157,15 @@ class Moments:
 
 @dataclass
 class PairMoments:
-    """Of layer `i` in a group from `g` on: features `[u, f, p_i / rms(p_i)]`, outputs what the two maps must add."""
+    """Of layer `i` in a group from `g` on: features `[k, p_i / rms(p_i)]` as in `lookahead.py`, outputs what the two
+    maps must add."""
 
     fitted: Moments
     held_out: Moments
 
     @classmethod
     def empty(cls, hidden: int, device: torch.device) -> "PairMoments":
-        return cls(*(Moments(3 * hidden, 2 * hidden, device) for _ in range(2)))
+        return cls(*(Moments(KINDS["mlp"] * hidden, 2 * hidden, device) for _ in range(2)))
 
     def of_kind(self, kind: str) -> tuple[Moments, Moments]:
         """The fitted and the held-out moments of the attention or the MLP map."""
@@ -328,7 +337,7 @@ class Fit:
                 continue
             h, p = drafting.x(g, BATCH)[:, steps], drafting.prefix(g, i, BATCH)[:, steps]
             x, q = precise.x(i, BATCH)[:, steps], precise.prefix(i, i, BATCH)[:, steps]
-            features = torch.cat([rms_scaled(h), previous, rms_scaled(p)], dim=-1)
+            features = torch.cat([known_features(h, previous), rms_scaled(p)], dim=-1)
             missing = torch.cat([x - h, q - p], dim=-1)
             if (g, i) not in moments:
                 moments[g, i] = PairMoments.empty(self.hidden, h.device)
