@@ -40,7 +40,7 @@ tune: $(INSTALLED)
 	$(BIN)/python examples/tiny-pair/held_out.py build/held-out.jsonl
 	$(BIN)/vllm-easyspec tune --model examples/tiny-pair/target --config configs/tiny-pair-lookahead.yaml \
 		--prompts build/held-out.jsonl -o $(TUNED) --report build/tiny-pair-tuned.html \
-		--json $(TUNE_JSON) --tensor-parallel-size $(RANKS) --batch-sizes 1,4 $(ARGS) \
+		--json $(TUNE_JSON) --tensor-parallel-size $(RANKS) --batch-sizes 1,4,8 $(ARGS) \
 		-- --dtype float32 --max-model-len 1024 --kv-cache-memory-bytes 256M --enforce-eager
 
 test: $(INSTALLED)
