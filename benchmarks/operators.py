@@ -104,10 +104,10 @@ def cases(shape: Shape, tokens: int, layers: int, dtype: torch.dtype) -> dict[st
             0,
             1e-6,
         ),
+        "group_features": (randn(tokens, hidden), randn(tokens, hidden), 1e-6),
         "look_ahead": (
             randn(layers, tokens, hidden),
-            randn(tokens, hidden),
-            randn(tokens, hidden),
+            randn(tokens, 4 * hidden),
             randn(layers, 5 * hidden, hidden // 2).bfloat16(),
             randn(layers, hidden // 2, hidden).bfloat16(),
             randn(layers, hidden).bfloat16(),

@@ -13,6 +13,7 @@
 
 #include "advance_draft_inputs.h"
 #include "calibration_inputs.h"
+#include "group_features.h"
 #include "group_rms_norm.h"
 #include "prefix_sums.h"
 #include "rotate_and_store.h"
@@ -264,6 +265,32 @@ Tensor group_rms_norm(const Tensor& x, const Tensor& weights, double eps) {
   return out;
 }
 
+Tensor group_features(const Tensor& h, const Tensor& previous, double eps) {
+  STD_TORCH_CHECK(h.dim() == 2 && h.size(1) % 2 == 0, "h is not [tokens, hidden] with an even hidden");
+  const int64_t tokens = h.size(0), hidden = h.size(1);
+  check_contiguous(h, "h", h.scalar_type(), tokens * hidden);
+  check_contiguous(previous, "previous", h.scalar_type(), tokens * hidden);
+  Tensor out = torch::stable::new_empty(h, {tokens, 4 * hidden});
+  const GroupFeatures args{
+      .h = h.data_ptr(),
+      .previous = previous.data_ptr(),
+      .out = out.data_ptr(),
+      .tokens = tokens,
+      .hidden = hidden,
+      .eps = static_cast<float>(eps),
+      .dtype = dtype_of(h, "h"),
+  };
+  if (tokens == 0) return out;
+#ifdef EASYSPEC_CUDA
+  if (h.is_cuda()) {
+    on_device_of(h, [&](void* stream) { group_features_cuda(args, stream); });
+    return out;
+  }
+#endif
+  run_phase(group_features_cpu, args, tokens, 4 * hidden);
+  return out;
+}
+
 Tensor prefix_sums(const Tensor& x, const Tensor& outputs) {
   STD_TORCH_CHECK(outputs.dim() == 3, "outputs is not [layers, tokens, hidden]");
   const int64_t layers = outputs.size(0), size = x.numel();
@@ -487,8 +514,7 @@ Tensor sum_of_mlps(const Tensor& inputs,
 }
 
 Tensor look_ahead(const Tensor& x,
-                  const Tensor& h,
-                  const Tensor& previous,
+                  const Tensor& known,
                   const Tensor& down,
                   const Tensor& up,
                   const Tensor& bias,
@@ -496,15 +522,15 @@ Tensor look_ahead(const Tensor& x,
                   bool first,
                   double eps) {
   const bool one_input = x.dim() == 2;
-  STD_TORCH_CHECK((one_input || (x.dim() == 3 && x.size(0) == count)) && h.dim() == 2 && down.dim() == 3,
-                  "x, h or down has the wrong number of dimensions, or x another number of layers");
-  const int64_t tokens = h.size(0), hidden = h.size(1), inputs = down.size(1), rank = down.size(2);
+  STD_TORCH_CHECK((one_input || (x.dim() == 3 && x.size(0) == count)) && known.dim() == 2 && down.dim() == 3,
+                  "x, known or down has the wrong number of dimensions, or x another number of layers");
+  const int64_t tokens = known.size(0), hidden = x.size(x.dim() - 1), inputs = down.size(1), rank = down.size(2);
   const int64_t layers = count - first;
   const ScalarType dtype = x.scalar_type(), maps_dtype = down.scalar_type();
-  STD_TORCH_CHECK(inputs == (one_input ? 4 : 5) * hidden && hidden % 2 == 0, "down does not fit the features");
+  const int64_t known_size = known.size(1);
+  STD_TORCH_CHECK(inputs == known_size + (one_input ? 0 : hidden), "down does not fit the features");
   check_contiguous(x, "x", dtype, (one_input ? 1 : count) * tokens * hidden);
-  check_contiguous(h, "h", dtype, tokens * hidden);
-  check_contiguous(previous, "previous", dtype, tokens * hidden);
+  check_contiguous(known, "known", dtype, tokens * known_size);
   check_stacked(down, "down", maps_dtype, 0, layers, inputs * rank);
   check_stacked(up, "up", maps_dtype, 0, layers, rank * hidden);
   check_stacked(bias, "bias", maps_dtype, 0, layers, hidden);
@@ -516,8 +542,7 @@ Tensor look_ahead(const Tensor& x,
   const LookAhead args{
       .x = static_cast<const char*>(x.data_ptr()) + (one_input ? 0 : skipped),
       .layer_step = one_input ? 0 : tokens * hidden,
-      .h = h.data_ptr(),
-      .previous = previous.data_ptr(),
+      .known = known.data_ptr(),
       .down = down.data_ptr(),
       .up = up.data_ptr(),
       .bias = bias.data_ptr(),
@@ -527,6 +552,7 @@ Tensor look_ahead(const Tensor& x,
       .layers = layers,
       .tokens = tokens,
       .hidden = hidden,
+      .known_size = known_size,
       .inputs = inputs,
       .rank = rank,
       .eps = static_cast<float>(eps),
@@ -545,6 +571,7 @@ Tensor look_ahead(const Tensor& x,
 STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CPU, library) {
   library.impl("advance_draft_inputs", TORCH_BOX(&easyspec::advance_draft_inputs));
   library.impl("calibration_inputs", TORCH_BOX(&easyspec::calibration_inputs));
+  library.impl("group_features", TORCH_BOX(&easyspec::group_features));
   library.impl("group_rms_norm", TORCH_BOX(&easyspec::group_rms_norm));
   library.impl("prefix_sums", TORCH_BOX(&easyspec::prefix_sums));
   library.impl("rotate_and_store", TORCH_BOX(&easyspec::rotate_and_store));
@@ -559,6 +586,7 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CPU, library) {
 STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CUDA, library) {
   library.impl("advance_draft_inputs", TORCH_BOX(&easyspec::advance_draft_inputs));
   library.impl("calibration_inputs", TORCH_BOX(&easyspec::calibration_inputs));
+  library.impl("group_features", TORCH_BOX(&easyspec::group_features));
   library.impl("group_rms_norm", TORCH_BOX(&easyspec::group_rms_norm));
   library.impl("prefix_sums", TORCH_BOX(&easyspec::prefix_sums));
   library.impl("rotate_and_store", TORCH_BOX(&easyspec::rotate_and_store));

@@ -157,24 +157,15 @@ void down_phase(const SumOfMlps& a, int64_t begin, int64_t end) {
 void features_phase(const LookAhead& a, int64_t begin, int64_t end) {
   with_type(a.dtype, [&](auto type) {
     using T = decltype(type);
-    const auto scaled = [&](const T* x, float* out) {
-      const float scale = inverse_rms(x, a.hidden, a.eps, HostLane{});
-      for (int64_t i = 0; i < a.hidden; ++i) out[i] = to_float(x[i]) * scale;
-    };
     for (int64_t row = begin; row < end; ++row) {
       const int64_t layer = row / a.tokens, token = row % a.tokens;
       float* out = a.features + row * a.inputs;
-      const T* previous = static_cast<const T*>(a.previous) + token * a.hidden;
-      scaled(static_cast<const T*>(a.h) + token * a.hidden, out);
-      const int64_t half = a.hidden / 2;
-      float* bent = out + a.hidden;
-      for (int64_t i = 0; i < a.hidden; ++i) bent[i] = std::fabs(out[i]);
-      bent += a.hidden;
-      for (int64_t i = 0; i < half; ++i) bent[i] = std::fabs(out[i] + out[half + i]);
-      for (int64_t i = 0; i < half; ++i) bent[half + i] = std::fabs(out[i] - out[half + i]);
-      for (int64_t i = 0; i < a.hidden; ++i) out[3 * a.hidden + i] = to_float(previous[i]);
-      if (a.inputs > 4 * a.hidden) {
-        scaled(static_cast<const T*>(a.x) + layer * a.layer_step + token * a.hidden, out + 4 * a.hidden);
+      const T* known = static_cast<const T*>(a.known) + token * a.known_size;
+      for (int64_t i = 0; i < a.known_size; ++i) out[i] = to_float(known[i]);
+      if (a.inputs > a.known_size) {
+        const T* x = static_cast<const T*>(a.x) + layer * a.layer_step + token * a.hidden;
+        const float scale = inverse_rms(x, a.hidden, a.eps, HostLane{});
+        for (int64_t i = 0; i < a.hidden; ++i) out[a.known_size + i] = to_float(x[i]) * scale;
       }
     }
   });

@@ -81,23 +81,22 @@ void norm_phase(const SumOfMlps& args, int64_t begin, int64_t end);     // layer
 void gate_up_phase(const SumOfMlps& args, int64_t begin, int64_t end);  // layers x tiles of the width
 void down_phase(const SumOfMlps& args, int64_t begin, int64_t end);     // tiles of columns
 
-// What layers of a group read in place of x: x + [u, |u|, |a + b|, |a - b|, previous (, x / rms(x))] times down times
-// up + bias, where u = h / rms(h), and a and b are its halves.
+// What layers of a group read in place of x: x + [known (, x / rms(x))] times down times up + bias.
 struct LookAhead {
-  const void* x;         // [tokens, hidden], or [layers, tokens, hidden]
-  int64_t layer_step;    // elements from a layer's x to the next one's, 0 for one x
-  const void* h;         // [tokens, hidden]
-  const void* previous;  // [tokens, hidden]
-  const void* down;      // [layers, inputs, rank] maps_dtype
-  const void* up;        // [layers, rank, hidden] maps_dtype
-  const void* bias;      // [layers, hidden] maps_dtype
-  void* out;             // [layers, tokens, hidden]
-  float* features;       // [layers or 1, tokens, inputs]
-  float* thin;           // [layers, tokens, rank]
+  const void* x;       // [tokens, hidden], or [layers, tokens, hidden]
+  int64_t layer_step;  // elements from a layer's x to the next one's, 0 for one x
+  const void* known;   // [tokens, known_size]
+  const void* down;    // [layers, inputs, rank] maps_dtype
+  const void* up;      // [layers, rank, hidden] maps_dtype
+  const void* bias;    // [layers, hidden] maps_dtype
+  void* out;           // [layers, tokens, hidden]
+  float* features;     // [layers or 1, tokens, inputs]
+  float* thin;         // [layers, tokens, rank]
   int64_t layers;
   int64_t tokens;
   int64_t hidden;
-  int64_t inputs;  // 4 or 5 times hidden, which is even
+  int64_t known_size;
+  int64_t inputs;  // known_size, or hidden more
   int64_t rank;
   float eps;
   DType dtype;

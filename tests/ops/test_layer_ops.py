@@ -238,6 +238,17 @@ def test_gates_far_from_zero_saturate():
         check_as_exact(OPERATORS.sum_of_mlps.default, arguments)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("hidden", [96, 130])
+def test_group_features(dtype, tokens, hidden):
+    check_as_exact(OPERATORS.group_features.default, feature_arguments(dtype, tokens, hidden))
+
+
+def feature_arguments(dtype, tokens=3, hidden=40):
+    return randn(tokens, hidden, dtype=dtype, scale=3), randn(tokens, hidden, dtype=dtype), 1e-6
+
+
 def look_ahead_arguments(
     dtype, layers=3, tokens=5, hidden=96, rank=40, own=True, first=False, maps_dtype: torch.dtype | None = None
 ):
@@ -246,8 +257,7 @@ def look_ahead_arguments(
     inputs = (5 if own else 4) * hidden
     return (
         randn(*((layers,) if own else ()), tokens, hidden, dtype=dtype, scale=3),
-        randn(tokens, hidden, dtype=dtype, scale=3),
-        randn(tokens, hidden, dtype=dtype),
+        randn(tokens, 4 * hidden, dtype=dtype),
         randn(5, inputs, rank, dtype=maps_dtype, scale=inputs**-0.5),
         randn(5, rank, hidden, dtype=maps_dtype, scale=rank**-0.5),
         randn(5, hidden, dtype=maps_dtype),
@@ -307,6 +317,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
         ("norm_and_project", project_arguments(F32)),
         ("project_among_zeros", among_zeros_arguments(F32)),
         ("sum_of_mlps", mlp_arguments(F32)),
+        ("group_features", feature_arguments(F32)),
         ("look_ahead", look_ahead_arguments(F32)),
         ("look_ahead", look_ahead_arguments(F32, own=False, first=True)),
     ],
@@ -343,6 +354,8 @@ def test_products_of_many_tokens(dtype, layers):
             lambda: ops.norm_and_project(randn(3, 8), randn(2, 8), randn(2, 8, 4), None, 1, 2, 1e-6),
             "norms has 2 layers",
         ),
+        (lambda: ops.group_features(randn(3, 7), randn(3, 7), 1e-6), "even hidden"),
+        (lambda: ops.group_features(randn(3, 8), randn(2, 8), 1e-6), "previous has 16 elements, not 24"),
         (lambda: ops.project_among_zeros(randn(2, 3, 8), randn(2, 8, 4), None, 0, 4, 1, 3), "do not fit"),
     ],
 )
