@@ -59,7 +59,8 @@ def scatter(title: str, x_label: str, y_label: str, series: Sequence[Series], fr
             if mark.ringed:
                 parts.append(f'<circle cx="{x}" cy="{y}" r="9" fill="none" stroke="#111" stroke-width="1.6"/>')
             if mark.note:
-                parts.append(_text(x, y - 12, mark.note, "tick", "middle"))
+                below = y - 12 < TOP + 8  # where it would run into the title
+                parts.append(_text(x, y + 21 if below else y - 12, mark.note, "tick", "middle"))
             tip = f"<title>{escape(mark.label)}</title>"
             parts.append(f'<circle cx="{x}" cy="{y}" r="4.5" fill="{one.colour}" fill-opacity="0.85">{tip}</circle>')
     middle = (LEFT + WIDTH - RIGHT) / 2
