@@ -25,11 +25,9 @@ def audit(runner: GPUModelRunner, speculator: EasySpecSpeculator) -> list[Audite
     sequence goes through at once, with quadratic attention: a tool for tests and for doubt, not for every minute.
     """
     states = runner.req_states
-    return [
-        _audit_request(request_id, row, runner, speculator)
-        for request_id, row in sorted(states.req_id_to_index.items())
-        if any(_calibrated_tokens(row, runner, speculator))
-    ]
+    rows = sorted(states.req_id_to_index.items())
+    found = [_audit_request(request_id, row, runner, speculator) for request_id, row in rows]
+    return [request for request in found if request.tokens or request.unread]
 
 
 def _calibrated_tokens(row: int, runner: GPUModelRunner, speculator: EasySpecSpeculator) -> tuple[int, int]:
