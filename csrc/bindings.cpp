@@ -3,6 +3,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
@@ -107,7 +108,7 @@ void on_device_of(const Tensor& tensor, Launch launch) {
   const auto index = tensor.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(index);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
   launch(stream);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
