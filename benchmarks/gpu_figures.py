@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from vllm_easyspec.bench.processes import alone
-from vllm_easyspec.bench.report import surroundings, write
+from vllm_easyspec.bench.report import surroundings, write, write_text
 from vllm_easyspec.bench.step_clock import StepClock
 from vllm_easyspec.drafter.plan import LayerPlan
 from vllm_easyspec.metrics import StageClock
@@ -67,11 +67,45 @@ class Probe(StepClock):
             clocks.append(clock)
         return data.nbytes / (min(clock.medians()["draft"] or 1e9 for clock in clocks) / 1e3)
 
+    def start_trace(self) -> None:
+        self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+        self.profiler.start()
+
+    def stop_trace(self) -> dict[str, list]:
+        """What ran on the device since `start_trace`: names, and for each kernel or copy its name's index, its start
+        and its duration in microseconds, in order."""
+        torch.cuda.synchronize()
+        self.profiler.stop()
+        events = [
+            event
+            for event in self.profiler.events()
+            if event.device_type == torch.autograd.DeviceType.CUDA and event.time_range.elapsed_us() > 0
+        ]
+        events.sort(key=lambda event: event.time_range.start)
+        names = list(dict.fromkeys(short_name(event.name) for event in events))
+        first = events[0].time_range.start if events else 0
+        rows = [
+            [
+                names.index(short_name(event.name)),
+                round(event.time_range.start - first, 1),
+                round(event.time_range.elapsed_us(), 1),
+            ]
+            for event in events
+        ]
+        return {"names": names, "kernels": rows}
+
     def step_bytes(self, batch: int, context: int) -> int:
         """What one step of easyspec's drafter reads: its weights but for unused rows of the embedding, and the K/V."""
         from vllm_easyspec.bench.draft_step import bytes_a_step
 
         return bytes_a_step(self.model_runner.speculator, batch, context)
+
+
+def short_name(name: str) -> str:
+    """A kernel's name without template arguments and parameters."""
+    for word in ("void ", "easyspec::", "(anonymous namespace)::", "at::native::"):
+        name = name.replace(word, "")
+    return name.split("(")[0][:80]
 
 
 @contextmanager
@@ -154,15 +188,17 @@ def drafted_eagerly(rows: list[dict]) -> list[str]:
 Save = Callable[[str, list[dict]], None]  # of a drafter's rows
 
 
-def measure_stages(name: str, device: str, save: Save) -> list[dict]:
+def measure_stages(name: str, device: str, save: Save, save_traces: Callable[[str, dict], None]) -> list[dict]:
     """Rows: the drafting stage and its steps of one drafter, by batch size."""
     with shape(name, device) as drafter, shape(name, device, num_hidden_layers=2) as target:
         rows = alone(time_draft_model, target, drafter, device)
         save(name, rows)
         baseline = {row["batch"]: row["stage_ms"] for row in rows}
-        for row in alone(time_easyspec, target, drafter, device):
+        timed, traces = alone(time_easyspec, target, drafter, device)
+        for row in timed:
             rows.append(row | {"draft_model_over_stage": round(baseline[row["batch"]] / row["stage_ms"], 2)})
         save(name, rows)
+        save_traces(name, traces)
         return rows
 
 
@@ -188,8 +224,9 @@ def time_draft_model(target: str, drafter: str, device: str) -> list[dict]:
     return rows
 
 
-def time_easyspec(target: str, drafter: str, device: str) -> list[dict]:
-    """Plans take turns, and the first turn warms up."""
+def time_easyspec(target: str, drafter: str, device: str) -> tuple[list[dict], dict[str, dict]]:
+    """Plans take turns, and the first turn warms up. The rows, and a trace of some rounds of each plan."""
+    traces: dict[str, dict] = {}
     context, new_tokens, turns, batches = stage_sizes(device)
     rows = []
     spec = dict(method="easyspec", model=drafter)
@@ -210,6 +247,13 @@ def time_easyspec(target: str, drafter: str, device: str) -> list[dict]:
                     if turn:
                         stage = llm.collective_rpc("bench_times")[0]["draft"]
                         taken[arm].append((stage, times["calibrate"], times["draft"] / (DRAFTS - 1)))
+            if device == "cuda" and batch == 1:
+                for arm, plan in chosen.items():
+                    use(llm, plan, batch)
+                    generate(llm, batch, context, 2)
+                    llm.collective_rpc("start_trace")
+                    generate(llm, batch, context, 9)
+                    traces[arm] = llm.collective_rpc("stop_trace")[0]
             moved = llm.collective_rpc("step_bytes", args=(batch, context + new_tokens // 2))[0]
             floor = 1e3 * moved / bandwidth
             precise = median(step for _, _, step in taken["precise"])
@@ -229,7 +273,7 @@ def time_easyspec(target: str, drafter: str, device: str) -> list[dict]:
                         "graphs": graphs[arm],
                     }
                 )
-    return rows
+    return rows, traces
 
 
 def measure_engine(arm: str, device: str, save: Save) -> list[dict]:
@@ -281,7 +325,15 @@ def main() -> None:
         named = [{"drafter": drafter} | row for row in rows]
         write(args.json, around | {"rows": named})
 
-    rows = {"stages": measure_stages, "engine": measure_engine}[args.figure](args.of, args.device, save)
+    def save_traces(drafter: str, traces: dict) -> None:
+        if traces:
+            path = args.json.with_name(f"{args.json.stem}-trace.json")
+            write_text(path, json.dumps(around | {"drafter": drafter, "traces": traces}))
+
+    if args.figure == "stages":
+        rows = measure_stages(args.of, args.device, save, save_traces)
+    else:
+        rows = measure_engine(args.of, args.device, save)
     if eager := drafted_eagerly(rows):
         sys.exit("\n".join(eager))
 

@@ -1,5 +1,3 @@
-#include <cuda_runtime.h>
-
 #include "advance_draft_inputs.h"
 
 namespace easyspec {

@@ -18,6 +18,7 @@
 #include "group_rms_norm.h"
 #include "prefix_sums.h"
 #include "rotate_and_store.h"
+#include "skinny_product.h"
 #include "sublayers_cpu.h"
 
 #ifdef EASYSPEC_CUDA
@@ -111,6 +112,13 @@ void on_device_of(const Tensor& tensor, Launch launch) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
   launch(stream);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// A product of few tokens on the device of `tensor`; raises for one that the kernel can't do.
+void run_skinny(const Tensor& tensor, const SkinnyProduct& args) {
+  const char* reason = why_not_skinny(args);
+  STD_TORCH_CHECK(reason == nullptr, "the product of few tokens can't be taken: ", reason);
+  on_device_of(tensor, [&](void* stream) { skinny_product_cuda(args, stream); });
 }
 #endif
 
@@ -418,6 +426,34 @@ Tensor norm_and_project(const Tensor& x,
   check_stacked(weights, "weights", dtype, first, layers, hidden * columns);
   check_stacked(bias, "bias", dtype, first, layers, columns);
   Tensor out = torch::stable::new_empty(x, {layers, tokens, columns});
+#ifdef EASYSPEC_CUDA
+  if (x.is_cuda()) {
+    run_skinny(x,
+               {
+                   .x = x.data_ptr(),
+                   .layer_step = one_input ? 0 : tokens * hidden,
+                   .token_step = hidden,
+                   .norms = rows_from(norms, first),
+                   .weights = rows_from(weights, first),
+                   .bias = rows_from(bias, first),
+                   .residual = nullptr,
+                   .out = out.data_ptr(),
+                   .out_layer_step = tokens * columns,
+                   .out_token_step = columns,
+                   .outputs = layers,
+                   .first = 0,
+                   .step = 1,
+                   .layers = layers,
+                   .tokens = tokens,
+                   .inner = hidden,
+                   .columns = columns,
+                   .gated = false,
+                   .eps = static_cast<float>(eps),
+                   .dtype = dtype_of(x, "x"),
+               });
+    return out;
+  }
+#endif
   const NormAndProject args{
       .x = x.data_ptr(),
       .layer_step = one_input ? 0 : tokens * hidden,
@@ -454,6 +490,34 @@ Tensor project_among_zeros(const Tensor& x,
   STD_TORCH_CHECK(offset >= 0 && step >= 1 && offset + (layers - 1) * step < group,
                   "the layers do not fit into the group");
   Tensor out = torch::stable::new_empty(x, {group, tokens, columns});
+#ifdef EASYSPEC_CUDA
+  if (x.is_cuda()) {
+    run_skinny(x,
+               {
+                   .x = x.data_ptr(),
+                   .layer_step = tokens * inner,
+                   .token_step = inner,
+                   .norms = nullptr,
+                   .weights = rows_from(weights, first),
+                   .bias = rows_from(bias, first),
+                   .residual = nullptr,
+                   .out = out.data_ptr(),
+                   .out_layer_step = tokens * columns,
+                   .out_token_step = columns,
+                   .outputs = group,
+                   .first = offset,
+                   .step = step,
+                   .layers = layers,
+                   .tokens = tokens,
+                   .inner = inner,
+                   .columns = columns,
+                   .gated = false,
+                   .eps = 0,
+                   .dtype = dtype_of(x, "x"),
+               });
+    return out;
+  }
+#endif
   const ProjectAmongZeros args{
       .x = x.data_ptr(),
       .weights = rows_from(weights, first),
@@ -490,6 +554,59 @@ Tensor sum_of_mlps(const Tensor& inputs,
   check_stacked(down, "down", dtype, first, layers, width * hidden);
   if (residual) check_contiguous(*residual, "residual", dtype, tokens * hidden);
   Tensor out = torch::stable::new_empty(inputs, {tokens, hidden});
+#ifdef EASYSPEC_CUDA
+  if (inputs.is_cuda()) {
+    // What the gates let through, the layers side by side, so that the second product sums over them.
+    Tensor wide = torch::stable::new_empty(inputs, {tokens, layers * width});
+    run_skinny(inputs,
+               {
+                   .x = inputs.data_ptr(),
+                   .layer_step = tokens * hidden,
+                   .token_step = hidden,
+                   .norms = rows_from(norms, first),
+                   .weights = rows_from(gate_up, first),
+                   .bias = rows_from(gate_up_bias, first),
+                   .residual = nullptr,
+                   .out = wide.data_ptr(),
+                   .out_layer_step = width,
+                   .out_token_step = layers * width,
+                   .outputs = layers,
+                   .first = 0,
+                   .step = 1,
+                   .layers = layers,
+                   .tokens = tokens,
+                   .inner = hidden,
+                   .columns = 2 * width,
+                   .gated = true,
+                   .eps = static_cast<float>(eps),
+                   .dtype = dtype_of(inputs, "inputs"),
+               });
+    run_skinny(inputs,
+               {
+                   .x = wide.data_ptr(),
+                   .layer_step = 0,
+                   .token_step = layers * width,
+                   .norms = nullptr,
+                   .weights = rows_from(down, first),
+                   .bias = nullptr,
+                   .residual = rows_from(residual, 0),
+                   .out = out.data_ptr(),
+                   .out_layer_step = 0,
+                   .out_token_step = hidden,
+                   .outputs = 1,
+                   .first = 0,
+                   .step = 1,
+                   .layers = 1,
+                   .tokens = tokens,
+                   .inner = layers * width,
+                   .columns = hidden,
+                   .gated = false,
+                   .eps = 0,
+                   .dtype = dtype_of(inputs, "inputs"),
+               });
+    return out;
+  }
+#endif
   float* memory = scratch(layers * tokens * (hidden + width));
   const SumOfMlps args{
       .inputs = inputs.data_ptr(),
@@ -591,5 +708,8 @@ STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CUDA, library) {
   library.impl("group_rms_norm", TORCH_BOX(&easyspec::group_rms_norm));
   library.impl("prefix_sums", TORCH_BOX(&easyspec::prefix_sums));
   library.impl("rotate_and_store", TORCH_BOX(&easyspec::rotate_and_store));
+  library.impl("norm_and_project", TORCH_BOX(&easyspec::norm_and_project));
+  library.impl("project_among_zeros", TORCH_BOX(&easyspec::project_among_zeros));
+  library.impl("sum_of_mlps", TORCH_BOX(&easyspec::sum_of_mlps));
 }
 #endif

@@ -1,5 +1,3 @@
-#include <cuda_runtime.h>
-
 #include "calibration_inputs.h"
 
 namespace easyspec {

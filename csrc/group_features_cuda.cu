@@ -1,6 +1,6 @@
-#include <cuda_runtime.h>
-
 #include "group_features.h"
+
+#include "launch.h"
 
 namespace easyspec {
 
@@ -8,13 +8,15 @@ constexpr unsigned kThreads = 256;
 
 template <class T>
 __global__ void group_features_kernel(GroupFeatures args) {
+  let_next_start();
+  wait_for_previous();
   group_features_token<T>(args, blockIdx.x, BlockLanes<kThreads>{});
 }
 
 void group_features_cuda(const GroupFeatures& args, void* stream) {
   const auto blocks = static_cast<unsigned>(args.tokens);
   with_type(args.dtype, [&](auto type) {
-    group_features_kernel<decltype(type)><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+    launch(group_features_kernel<decltype(type)>, blocks, kThreads, stream, 1, args);
   });
 }
 

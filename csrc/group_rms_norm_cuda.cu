@@ -1,6 +1,6 @@
-#include <cuda_runtime.h>
-
 #include "group_rms_norm.h"
+
+#include "launch.h"
 
 namespace easyspec {
 
@@ -9,6 +9,8 @@ constexpr unsigned kThreads = 256;
 // A block a token of a layer. Layers that share an input take its variance each: that is sooner done than passed on.
 template <class T>
 __global__ void group_rms_norm_kernel(GroupRmsNorm args) {
+  let_next_start();
+  wait_for_previous();
   const int64_t layer = blockIdx.x / args.tokens;
   group_rms_norm_token<T>(args, blockIdx.x % args.tokens, layer, layer + 1, BlockLanes<kThreads>{});
 }
@@ -16,7 +18,7 @@ __global__ void group_rms_norm_kernel(GroupRmsNorm args) {
 void group_rms_norm_cuda(const GroupRmsNorm& args, void* stream) {
   const auto blocks = static_cast<unsigned>(args.layers * args.tokens);
   with_type(args.dtype, [&](auto type) {
-    group_rms_norm_kernel<decltype(type)><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+    launch(group_rms_norm_kernel<decltype(type)>, blocks, kThreads, stream, 1, args);
   });
 }
 

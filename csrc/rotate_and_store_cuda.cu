@@ -1,12 +1,14 @@
-#include <cuda_runtime.h>
-
 #include "rotate_and_store.h"
+
+#include "launch.h"
 
 namespace easyspec {
 
 // A warp a head of a row.
 template <class T>
 __global__ void rotate_and_store_kernel(RotateAndStore args, int64_t heads) {
+  let_next_start();
+  wait_for_previous();
   const int64_t warp = blockIdx.x * static_cast<int64_t>(blockDim.y) + threadIdx.y;
   if (warp < args.rows * heads) rotate_and_store_head<T>(args, warp / heads, warp % heads, WarpLanes{});
 }
@@ -16,8 +18,7 @@ void rotate_and_store_cuda(const RotateAndStore& args, void* stream) {
   const int64_t heads = args.heads + (args.cache ? 2 : 1) * args.kv_heads;
   const auto blocks = static_cast<unsigned>((args.rows * heads + kWarps - 1) / kWarps);
   with_type(args.dtype, [&](auto type) {
-    rotate_and_store_kernel<decltype(type)>
-        <<<blocks, dim3(32, kWarps), 0, static_cast<cudaStream_t>(stream)>>>(args, heads);
+    launch(rotate_and_store_kernel<decltype(type)>, blocks, dim3(32, kWarps), stream, 1, args, heads);
   });
 }
 

@@ -5,6 +5,10 @@
 
 #include "lanes.h"
 
+#ifdef __CUDACC__
+#include "launch.h"
+#endif
+
 namespace easyspec {
 
 // The cache slot of a position, from its request's blocks, `[width]`. A position past them takes the last one.
@@ -17,6 +21,8 @@ EASYSPEC_BODY int64_t slot_of(const int32_t* blocks, int64_t width, int64_t bloc
 // Calls `do_row(args, row)`. A thread a row: there are few, and a launch costs more than its work.
 template <class Args>
 __global__ void rows_kernel(Args args) {
+  let_next_start();
+  wait_for_previous();
   const int64_t row = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (row < args.rows) do_row(args, row);
 }
@@ -25,7 +31,7 @@ template <class Args>
 void launch_rows(const Args& args, void* stream) {
   constexpr int kThreads = 64;
   const auto blocks = static_cast<unsigned>((args.rows + kThreads - 1) / kThreads);
-  rows_kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+  launch(rows_kernel<Args>, blocks, kThreads, stream, 1, args);
 }
 #endif
 

@@ -83,6 +83,12 @@ def parts(device: str) -> list[Part]:
     if (ROOT / "csrc").is_dir():
         found = [Part("build", True, ("-c", BUILD), 20, 200, for_build), *found]
         found.append(tests("operators", "tests/ops"))
+        if device == "cuda":
+            on_gpu = (*for_tests, ("EASYSPEC_TEST_DEVICE", "cuda"))
+            files = [
+                f"tests/ops/test_{name}.py" for name in ("layer_ops", "advance_draft_inputs", "calibration_inputs")
+            ]
+            found.insert(1, Part("operators-gpu", True, ("-m", "pytest", "-q", *files), 30, 150, on_gpu, True))
     if device == "cuda":
         found.append(tests("tests-gpu", "-m", "gpu", "tests"))
         found.append(check("xformers", "identity", "bfloat16", "--xformers"))
@@ -91,6 +97,8 @@ def parts(device: str) -> list[Part]:
     # The arms whose ratio counts most come first: the last may find no time.
     arms = ("easyspec", "none", "draft_model")
     end_to_end = [figure(f"engine-{arm}", "engine", arm, least=90, most=180) for arm in arms]
+    if device == "cuda":
+        found.append(Part("products", False, ("benchmarks/gpu_products.py",), 30, 90))
     return [*found, *stages[:1], *end_to_end, *stages[1:]]
 
 
@@ -141,7 +149,9 @@ def run(part: Part, device: str, seconds: float, result: Path, running: Running)
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *environment.get("PYTHONPATH", "").split(os.pathsep)])
     command = [sys.executable, *part.command]
     if part.command[0] in (CHECKS, FIGURES):
-        command += ["--device", device, "--json", str(result)]
+        command += ["--device", device]
+    if part.command[0].endswith(".py"):
+        command += ["--json", str(result)]
     result.unlink(missing_ok=True)
     with tempfile.TemporaryFile("w+", errors="replace") as log:
         with running.started(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT) as process:

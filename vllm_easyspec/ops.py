@@ -6,7 +6,7 @@ its kernels stand in for the references on the devices that it was built for; wh
 
 import platform
 from collections.abc import Callable
-from functools import wraps
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -26,11 +26,29 @@ REFERENCES: dict[torch._ops.OpOverload, Callable] = {}
 # by arithmetic, and torch's products of bfloat16 have instructions for it. Measured by benchmarks/operators.py, see
 # docs/experiments.md; float16 is taken to be like bfloat16.
 FEW_TOKENS = {torch.float32: 64, torch.bfloat16: 4, torch.float16: 4}
+# The same on a GPU: csrc/skinny_product.h's bound.
+FEW_TOKENS_CUDA = 8
 
 
 def is_short(x: torch.Tensor) -> bool:
     """Whether the native operator of few tokens serves an input `[..., tokens, hidden]`."""
-    return x.device.type == "cpu" and WHY_NOT_NATIVE is None and x.shape[-2] <= FEW_TOKENS[x.dtype]
+    if WHY_NOT_NATIVE is not None:
+        return False
+    if x.device.type == "cpu":
+        return x.shape[-2] <= FEW_TOKENS[x.dtype]
+    return x.shape[-2] <= FEW_TOKENS_CUDA and x.is_cuda and _has_clusters(x.device)
+
+
+@lru_cache
+def _has_clusters(device: torch.device) -> bool:
+    """Whether this GPU has what the skinny product shares its work by: Hopper and newer."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _are_vectors(arguments: tuple[Any, ...]) -> bool:
+    """Whether the rows of all stacked weights are whole vectors of a GPU's kernel, half a row of a gated product too."""
+    weights = (a for a in arguments[1:] if isinstance(a, torch.Tensor) and a.dim() == 3 and a.is_cuda)
+    return all(w.shape[-1] * w.element_size() % 32 == 0 for w in weights)
 
 
 def products(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -57,7 +75,7 @@ def _operator(
     """Define `torch.ops.vllm_easyspec.<schema>`; the decorated function, which then calls it, is its reference.
 
     fake: as in `torch.library.register_fake`; by default the operator returns nothing. of_few_tokens: the operator
-    serves few tokens on a CPU, its first argument being `[..., tokens, hidden]`; all else takes the reference's parts.
+    serves few tokens, its first argument being `[..., tokens, hidden]`; all else takes the reference's parts.
     """
 
     def define(reference: Callable[P, R]) -> Callable[P, R]:
@@ -74,7 +92,8 @@ def _operator(
 
         @wraps(reference)
         def choose(*args: P.args, **kwargs: P.kwargs) -> R:
-            return (operator if is_short(cast(torch.Tensor, args[0])) else reference)(*args, **kwargs)
+            is_served = is_short(cast(torch.Tensor, args[0])) and _are_vectors(args)
+            return (operator if is_served else reference)(*args, **kwargs)
 
         return choose if of_few_tokens else call
 

@@ -18,7 +18,7 @@ def advance(request):
 
 def arguments(rows, layers, seed=0):
     """Random rows, every third padding, drafts a column of a wider buffer, tables rows of a wider buffer."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
 
     def integers(high, *size):
         return torch.randint(0, high, size, generator=generator)

@@ -11,7 +11,7 @@ BLOCK_SIZE, MAX_LEN, VOCAB = 16, 90, 500
 
 def arguments(lens, padding=0, write=True, seed=0):
     """Requests of these rows, some prefilling, some near the end; then `padding` requests as a graph adds them."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
 
     def integers(low, high, size):
         return torch.randint(low, high, (size,), generator=generator)

@@ -99,14 +99,17 @@ def _command() -> str:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with a + where it has changes other than results; None without a checkout or git."""
+    """The checkout's commit, with a + where it has changes other than results.
+
+    Without a checkout or git it is what `EASYSPEC_COMMIT` says, perhaps None.
+    """
 
     def git(*arguments: str) -> str | None:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
 
     if not (ROOT / ".git").exists() or shutil.which("git") is None:
-        return None
+        return os.environ.get("EASYSPEC_COMMIT")
     commit = git("rev-parse", "HEAD")
     return f"{commit}+" if git("status", "--porcelain", "--untracked-files=no", "--", ".", *RESULTS) else commit
 
