@@ -9,7 +9,7 @@ model, so that no cache holds what is read. The floor is what the weights' bytes
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -66,67 +66,70 @@ def sublayers(config: dict) -> dict[str, tuple[int, int]]:
     return {"qkv": (hidden, q + 2 * kv), "o": (q, hidden), "gate_up": (hidden, 2 * width), "down": (width, hidden)}
 
 
-def measure_model(name: str, bandwidth: float, save: Callable[[list[dict]], None]) -> list[dict]:
-    config = json.loads((SHAPES / name / "config.json").read_text())
-    layers, hidden, width = config["num_hidden_layers"], config["hidden_size"], config["intermediate_size"]
-    layers -= layers % GROUP
-    rows: list[dict] = []
-    weights = {
-        part: torch.randn(layers, *shape, device="cuda", dtype=torch.bfloat16) * shape[0] ** -0.5
-        for part, shape in sublayers(config).items()
+def ways_of_product(part: str, x: torch.Tensor, w: torch.Tensor, norms: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    """Ways to take one sublayer's product in all layers: x `[GROUP, tokens, inner]`, w `[layers, inner, columns]`."""
+    turned = w.transpose(1, 2).contiguous()
+    singles, groups = range(w.shape[0]), range(0, w.shape[0], GROUP)
+    ways: dict[str, Callable[[], Any]] = {
+        "input_major": lambda: [torch.matmul(x[0], w[i]) for i in singles],
+        "transposed": lambda: [F.linear(x[0], turned[i]) for i in singles],
+        "input_major_group": lambda: [torch.matmul(x, w[i : i + GROUP]) for i in groups],
+        "transposed_group": lambda: [torch.bmm(x, turned[i : i + GROUP].transpose(1, 2)) for i in groups],
     }
+    if x.shape[1] > ops.FEW_TOKENS_CUDA:
+        return ways
+    project, among_zeros = ops.norm_and_project, ops.project_among_zeros
+    if part == "qkv":
+        ways["own"] = lambda: [project(x[0], norms, w, None, i, 1, 1e-6) for i in singles]
+        ways["own_group"] = lambda: [project(x[0], norms, w, None, i, GROUP, 1e-6) for i in groups]
+    elif part == "o":
+        ways["own"] = lambda: [among_zeros(x[:1], w, None, i, 1, 0, 1) for i in singles]
+        ways["own_group"] = lambda: [among_zeros(x, w, None, i, GROUP, 0, 1) for i in groups]
+    return ways
+
+
+def ways_of_mlp(
+    x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, norms: torch.Tensor
+) -> dict[str, Callable[[], Any]]:
+    """Ways to take the MLPs of all layers, from norm to residual: x `[GROUP, tokens, hidden]`."""
+    reference = ops.REFERENCES[torch.ops.vllm_easyspec.sum_of_mlps.default]
+    args = norms, gate_up, None, down, x[0]
+    singles, groups = range(down.shape[0]), range(0, down.shape[0], GROUP)
+    ways: dict[str, Callable[[], Any]] = {
+        "input_major": lambda: [reference(x[:1], *args, i, 1e-6) for i in singles],
+        "input_major_group": lambda: [reference(x, *args, i, 1e-6) for i in groups],
+    }
+    if x.shape[1] <= ops.FEW_TOKENS_CUDA:
+        ways["own"] = lambda: [ops.sum_of_mlps(x[:1], *args, i, 1e-6) for i in singles]
+        ways["own_group"] = lambda: [ops.sum_of_mlps(x, *args, i, 1e-6) for i in groups]
+    return ways
+
+
+def measure_model(name: str, bandwidth: float) -> Iterator[dict]:
+    config = json.loads((SHAPES / name / "config.json").read_text())
+    layers, hidden = config["num_hidden_layers"], config["hidden_size"]
+    layers -= layers % GROUP
+
+    def randn(*size: int) -> torch.Tensor:
+        return torch.randn(*size, device="cuda", dtype=torch.bfloat16)
+
+    def row(tokens: int, part: str, ways: dict[str, Callable[[], Any]], *weights: torch.Tensor) -> dict:
+        layers_read = weights[0].shape[0]
+        floor = sum(w.nbytes for w in weights) / layers_read / bandwidth * 1e6
+        taken = {way: round(timed_us(run) / layers_read, 2) for way, run in ways.items()}
+        return {"drafter": name, "tokens": tokens, "part": part, "floor_us": round(floor, 2), **taken}
+
+    weights = {part: randn(layers, *shape) * shape[0] ** -0.5 for part, shape in sublayers(config).items()}
     norms = torch.ones(layers, hidden, device="cuda", dtype=torch.bfloat16)
     for tokens in TOKENS:
         for part, w in weights.items():
-            inner, columns = w.shape[1:]
-            x = torch.randn(GROUP, tokens, inner, device="cuda", dtype=torch.bfloat16)
-            turned = w.transpose(1, 2).contiguous()
-            singles, groups = range(layers), range(0, layers, GROUP)
-            ways: dict[str, Callable[[], Any]] = {
-                "input_major": lambda: [torch.matmul(x[0], w[i]) for i in singles],
-                "transposed": lambda: [F.linear(x[0], turned[i]) for i in singles],
-                "input_major_group": lambda: [torch.matmul(x, w[i : i + GROUP]) for i in groups],
-                "transposed_group": lambda: [torch.bmm(x, turned[i : i + GROUP].transpose(1, 2)) for i in groups],
-            }
-            if tokens <= ops.FEW_TOKENS_CUDA:
-                if part == "qkv":
-                    ways["own"] = lambda: [ops.norm_and_project(x[0], norms, w, None, i, 1, 1e-6) for i in singles]
-                    ways["own_group"] = lambda: [
-                        ops.norm_and_project(x[0], norms, w, None, i, GROUP, 1e-6) for i in groups
-                    ]
-                elif part == "o":
-                    ways["own"] = lambda: [ops.project_among_zeros(x[:1], w, None, i, 1, 0, 1) for i in singles]
-                    ways["own_group"] = lambda: [ops.project_among_zeros(x, w, None, i, GROUP, 0, 1) for i in groups]
-            floor = w[0].nbytes / bandwidth * 1e6
-            row = {"drafter": name, "tokens": tokens, "part": part, "floor_us": round(floor, 2)}
-            for way, run in ways.items():
-                row[way] = round(timed_us(run) / layers, 2)
-            rows.append(row)
-            del turned
-        # Both products of an MLP, and what is between them.
-        x = torch.randn(GROUP, tokens, hidden, device="cuda", dtype=torch.bfloat16)
-        args = norms, weights["gate_up"], None, weights["down"], x[0]
-        floor = (weights["gate_up"][0].nbytes + weights["down"][0].nbytes) / bandwidth * 1e6
-        row = {"drafter": name, "tokens": tokens, "part": "mlp", "floor_us": round(floor, 2)}
-        reference = ops.REFERENCES[torch.ops.vllm_easyspec.sum_of_mlps.default]
-        ways = {
-            "input_major": lambda: [reference(x[:1], *args, i, 1e-6) for i in range(layers)],
-            "input_major_group": lambda: [reference(x, *args, i, 1e-6) for i in range(0, layers, GROUP)],
-        }
-        if tokens <= ops.FEW_TOKENS_CUDA:
-            ways["own"] = lambda: [ops.sum_of_mlps(x[:1], *args, i, 1e-6) for i in range(layers)]
-            ways["own_group"] = lambda: [ops.sum_of_mlps(x, *args, i, 1e-6) for i in range(0, layers, GROUP)]
-        for way, run in ways.items():
-            row[way] = round(timed_us(run) / layers, 2)
-        rows.append(row)
-        save(rows)
-    vocabulary = torch.randn(config["vocab_size"], hidden, device="cuda", dtype=torch.bfloat16)
-    row = {"drafter": name, "tokens": 1, "part": "lm_head", "floor_us": round(vocabulary.nbytes / bandwidth * 1e6, 2)}
-    x = torch.randn(1, hidden, device="cuda", dtype=torch.bfloat16)
-    row["transposed"] = round(timed_us(lambda: F.linear(x, vocabulary)), 2)
-    logits = F.linear(x, vocabulary)
-    row["argmax"] = round(timed_us(lambda: logits.argmax(-1)), 2)
-    return [*rows, row]
+            yield row(tokens, part, ways_of_product(part, randn(GROUP, tokens, w.shape[1]), w, norms), w)
+        mlp = weights["gate_up"], weights["down"]
+        yield row(tokens, "mlp", ways_of_mlp(randn(GROUP, tokens, hidden), *mlp, norms), *mlp)
+    vocabulary, x = randn(1, config["vocab_size"], hidden), randn(1, hidden)
+    logits = F.linear(x, vocabulary[0])
+    ways = {"transposed": lambda: F.linear(x, vocabulary[0]), "argmax": lambda: logits.argmax(-1)}
+    yield row(1, "lm_head", ways, vocabulary)
 
 
 @torch.inference_mode()
@@ -139,10 +142,9 @@ def main() -> None:
     bandwidth = read_bandwidth()
     rows: list[dict] = [{"bandwidth_tb_s": round(bandwidth / 1e12, 3)}]
     for name in args.drafters:
-        rows += measure_model(name, bandwidth, lambda some: write(args.json, around | {"rows": rows + some}))
-    write(args.json, around | {"rows": rows})
-    for row in rows:
-        print(", ".join(f"{key} {value}" for key, value in row.items()))
+        for row in measure_model(name, bandwidth):
+            rows.append(row)
+            write(args.json, around | {"rows": rows})
 
 
 if __name__ == "__main__":

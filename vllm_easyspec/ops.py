@@ -46,7 +46,7 @@ def _has_clusters(device: torch.device) -> bool:
 
 
 def _are_vectors(arguments: tuple[Any, ...]) -> bool:
-    """Whether the rows of all stacked weights are whole vectors of a GPU's kernel, half a row of a gated product too."""
+    """Whether a GPU's kernel reads whole vectors of all stacked weights, in half a row of a gated product too."""
     weights = (a for a in arguments[1:] if isinstance(a, torch.Tensor) and a.dim() == 3 and a.is_cuda)
     return all(w.shape[-1] * w.element_size() % 32 == 0 for w in weights)
 
