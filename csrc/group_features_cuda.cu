@@ -1,5 +1,4 @@
 #include "group_features.h"
-
 #include "launch.h"
 
 namespace easyspec {
@@ -15,9 +14,8 @@ __global__ void group_features_kernel(GroupFeatures args) {
 
 void group_features_cuda(const GroupFeatures& args, void* stream) {
   const auto blocks = static_cast<unsigned>(args.tokens);
-  with_type(args.dtype, [&](auto type) {
-    launch(group_features_kernel<decltype(type)>, blocks, kThreads, stream, 1, args);
-  });
+  with_type(args.dtype,
+            [&](auto type) { launch(group_features_kernel<decltype(type)>, blocks, kThreads, 0, stream, 1, args); });
 }
 
 }  // namespace easyspec

@@ -1,5 +1,4 @@
 #include "group_rms_norm.h"
-
 #include "launch.h"
 
 namespace easyspec {
@@ -17,9 +16,8 @@ __global__ void group_rms_norm_kernel(GroupRmsNorm args) {
 
 void group_rms_norm_cuda(const GroupRmsNorm& args, void* stream) {
   const auto blocks = static_cast<unsigned>(args.layers * args.tokens);
-  with_type(args.dtype, [&](auto type) {
-    launch(group_rms_norm_kernel<decltype(type)>, blocks, kThreads, stream, 1, args);
-  });
+  with_type(args.dtype,
+            [&](auto type) { launch(group_rms_norm_kernel<decltype(type)>, blocks, kThreads, 0, stream, 1, args); });
 }
 
 }  // namespace easyspec

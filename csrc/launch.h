@@ -26,6 +26,7 @@ __device__ __forceinline__ void wait_for_previous() {
 
 struct DeviceProperties {
   int multiprocessors;
+  int most_shared_memory;   // bytes of a block
   bool is_hopper_or_newer;  // has clusters of blocks and programmatic dependent launch
 };
 
@@ -40,21 +41,28 @@ inline const DeviceProperties& device_properties() {
     int major = 0, count = 0;
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    cudaDeviceGetAttribute(&found.most_shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     found.is_hopper_or_newer = major >= 9;
     found.multiprocessors = count;
   }
   return found;
 }
 
-// kernel<<<grid, block, 0, stream>>>(args...), started early where the device can; cluster: blocks along x that share
-// a cluster. Errors are left for cudaGetLastError.
+// kernel<<<grid, block, shared_bytes, stream>>>(args...), started early where the device can; cluster: blocks along x
+// that share a cluster. Errors are left for cudaGetLastError.
 template <class... Parameters, class... Arguments>
-void launch(
-    void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream, unsigned cluster, const Arguments&... args) {
+void launch(void (*kernel)(Parameters...),
+            dim3 grid,
+            dim3 block,
+            int shared_bytes,
+            void* stream,
+            unsigned cluster,
+            const Arguments&... args) {
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = attributes;
   if (device_properties().is_hopper_or_newer) {

@@ -1,6 +1,5 @@
-#include "prefix_sums.h"
-
 #include "launch.h"
+#include "prefix_sums.h"
 
 namespace easyspec {
 
@@ -15,9 +14,8 @@ __global__ void prefix_sums_kernel(PrefixSums args) {
 void prefix_sums_cuda(const PrefixSums& args, void* stream) {
   constexpr unsigned kThreads = 256;
   const auto blocks = static_cast<unsigned>((args.size + kThreads - 1) / kThreads);
-  with_type(args.dtype, [&](auto type) {
-    launch(prefix_sums_kernel<decltype(type)>, blocks, kThreads, stream, 1, args);
-  });
+  with_type(args.dtype,
+            [&](auto type) { launch(prefix_sums_kernel<decltype(type)>, blocks, kThreads, 0, stream, 1, args); });
 }
 
 }  // namespace easyspec

@@ -1,6 +1,5 @@
-#include "rotate_and_store.h"
-
 #include "launch.h"
+#include "rotate_and_store.h"
 
 namespace easyspec {
 
@@ -18,7 +17,7 @@ void rotate_and_store_cuda(const RotateAndStore& args, void* stream) {
   const int64_t heads = args.heads + (args.cache ? 2 : 1) * args.kv_heads;
   const auto blocks = static_cast<unsigned>((args.rows * heads + kWarps - 1) / kWarps);
   with_type(args.dtype, [&](auto type) {
-    launch(rotate_and_store_kernel<decltype(type)>, blocks, dim3(32, kWarps), stream, 1, args, heads);
+    launch(rotate_and_store_kernel<decltype(type)>, blocks, dim3(32, kWarps), 0, stream, 1, args, heads);
   });
 }
 

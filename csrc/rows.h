@@ -31,7 +31,7 @@ template <class Args>
 void launch_rows(const Args& args, void* stream) {
   constexpr int kThreads = 64;
   const auto blocks = static_cast<unsigned>((args.rows + kThreads - 1) / kThreads);
-  launch(rows_kernel<Args>, blocks, kThreads, stream, 1, args);
+  launch(rows_kernel<Args>, blocks, kThreads, 0, stream, 1, args);
 }
 #endif
 

@@ -10,12 +10,12 @@ namespace easyspec {
 // For each of `layers` layers: [tokens, inner], its RMSNorm if `norms` is given, times [inner, columns], plus `bias`;
 // gated: the columns are gates and then as many numbers that they let through, `silu(gate) * number`.
 struct SkinnyProduct {
-  const void* x;        // `tokens` rows of `inner` numbers
-  int64_t layer_step;   // elements from a layer's first row to the next layer's, 0 for one input
-  int64_t token_step;   // elements from a row to the next
-  const void* norms;    // [layers, inner], or none
-  const void* weights;  // [layers, inner, columns]
-  const void* bias;     // [layers, columns], or none
+  const void* x;         // `tokens` rows of `inner` numbers
+  int64_t layer_step;    // elements from a layer's first row to the next layer's, 0 for one input
+  int64_t token_step;    // elements from a row to the next
+  const void* norms;     // [layers, inner], or none
+  const void* weights;   // [layers, inner, columns]
+  const void* bias;      // [layers, columns], or none
   const void* residual;  // [tokens, columns], or none; added to each layer's result, not for gated ones
   void* out;             // rows of `columns` numbers, half as many if gated
   int64_t out_layer_step;
@@ -32,8 +32,8 @@ struct SkinnyProduct {
   DType dtype;
 };
 
-// More tokens than this take torch's products.
-constexpr int64_t kSkinnyTokens = 8;
+// In bfloat16, on Hopper and newer; more tokens than this take torch's products.
+constexpr int64_t kSkinnyTokens = 16;
 
 // Why the kernel can't do this product; null where it can.
 const char* why_not_skinny(const SkinnyProduct& args);

@@ -26,8 +26,8 @@ REFERENCES: dict[torch._ops.OpOverload, Callable] = {}
 # by arithmetic, and torch's products of bfloat16 have instructions for it. Measured by benchmarks/operators.py, see
 # docs/experiments.md; float16 is taken to be like bfloat16.
 FEW_TOKENS = {torch.float32: 64, torch.bfloat16: 4, torch.float16: 4}
-# The same on a GPU: csrc/skinny_product.h's bound.
-FEW_TOKENS_CUDA = 8
+# The same on a GPU, in bfloat16: csrc/skinny_product.h's bound.
+FEW_TOKENS_CUDA = 16
 
 
 def is_short(x: torch.Tensor) -> bool:
@@ -36,7 +36,7 @@ def is_short(x: torch.Tensor) -> bool:
         return False
     if x.device.type == "cpu":
         return x.shape[-2] <= FEW_TOKENS[x.dtype]
-    return x.shape[-2] <= FEW_TOKENS_CUDA and x.is_cuda and _has_clusters(x.device)
+    return x.dtype is torch.bfloat16 and x.shape[-2] <= FEW_TOKENS_CUDA and x.is_cuda and _has_clusters(x.device)
 
 
 @lru_cache
@@ -46,9 +46,11 @@ def _has_clusters(device: torch.device) -> bool:
 
 
 def _are_vectors(arguments: tuple[Any, ...]) -> bool:
-    """Whether a GPU's kernel reads whole vectors of all stacked weights, in half a row of a gated product too."""
-    weights = (a for a in arguments[1:] if isinstance(a, torch.Tensor) and a.dim() == 3 and a.is_cuda)
-    return all(w.shape[-1] * w.element_size() % 32 == 0 for w in weights)
+    """Whether a GPU's kernel reads whole vectors of 16 bytes, in half a row of a gated product too."""
+    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+    if not tensors[0].is_cuda:
+        return True
+    return tensors[0].shape[-1] % 8 == 0 and all(w.shape[-1] % 16 == 0 for w in tensors[1:] if w.dim() == 3)
 
 
 def products(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
