@@ -1,13 +1,14 @@
 """The figures of `tools/gpu_check.py`: drafting against vLLM's draft_model, and whole engines, at published shapes.
 
-Weights are dummies, so acceptance is vLLM's synthetic one and only times count. `stages DRAFTER`: a target of two
-layers, so that drafting dominates; vLLM's `draft_model` and easyspec under three plans, in turn. The drafting stage is
-what `propose` takes on the device, both timed by the same clock. `engine ARM`: a target of Qwen2.5 32B's shape with a
-drafter of Qwen2.5 0.5B's shape, K=5, a synthetic acceptance length of 4. The target gets the drafter's vocabulary of
-151,936 (its own has 128 rows more), since vLLM refuses draft_model otherwise.
+Weights are dummies, so acceptance is vLLM's synthetic one and only times count. `stages DRAFTER ARM`: a target of two
+layers, so that drafting dominates; the drafting stage, which is what `propose` takes on the device, of vLLM's
+`draft_model` or of easyspec under three plans in turn, both by the same clock. `engine ARM`: a target of Qwen2.5 32B's
+shape with a drafter of Qwen2.5 0.5B's shape, K=5, a synthetic acceptance length of 4. The target gets the drafter's
+vocabulary of 151,936 (its own has 128 rows more), since vLLM refuses draft_model otherwise.
 
 A plan is swapped in a running engine, then its CUDA graphs are captured. If rounds drafted eagerly all the same, though
-there are graphs, the exit code is 1 in the end; the figures are kept.
+there are graphs, the exit code is 1 in the end; the figures are kept. With `--turn FILE` an engine that has started
+makes FILE.ready and measures once FILE.go is there, so that several may start side by side.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import json
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +25,6 @@ from typing import Any
 
 import torch
 
-from vllm_easyspec.bench.processes import alone
 from vllm_easyspec.bench.report import surroundings, write, write_text
 from vllm_easyspec.bench.step_clock import StepClock
 from vllm_easyspec.drafter.plan import LayerPlan
@@ -94,6 +95,9 @@ class Probe(StepClock):
         ]
         return {"names": names, "kernels": rows}
 
+    def num_draft_layers(self) -> int:
+        return self.model_runner.speculator.model.shape.num_layers
+
     def step_bytes(self, batch: int, context: int) -> int:
         """What one step of easyspec's drafter reads: its weights but for unused rows of the embedding, and the K/V."""
         from vllm_easyspec.bench.draft_step import bytes_a_step
@@ -108,24 +112,25 @@ def short_name(name: str) -> str:
     return name.split("(")[0][:80]
 
 
-@contextmanager
-def shape(name: str, device: str, **changes: Any) -> Iterator[str]:
-    """A folder with a published configuration, tiny on a CPU, and nothing else."""
+def shape(name: str, device: str, **changes: Any) -> str:
+    """A folder with a published configuration, tiny on a CPU, and nothing else.
+
+    It stays, under one name for one content: vLLM's compile caches know a model by its folder.
+    """
     config = json.loads((SHAPES / name / "config.json").read_text())
     config |= (TINY if device == "cpu" else {}) | changes
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config))
-        yield folder
+    text = json.dumps(config)
+    folder = Path(tempfile.gettempdir()) / "easyspec-shapes" / f"{name}-{zlib.crc32(text.encode()):08x}"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "config.json", text)
+    return str(folder)
 
 
 @contextmanager
-def engine(
-    target: str, device: str, speculative: dict | None, batch: int, length: int, gpu_share: float = 0.6
-) -> Iterator[Any]:
+def engine(target: str, device: str, speculative: dict | None, batch: int, length: int) -> Iterator[Any]:
     from vllm import LLM
 
     synthetic = dict(rejection_sample_method="synthetic", synthetic_acceptance_length=ACCEPTANCE_LENGTH)
-    where = dict(kv_cache_memory_bytes=1 << 28) if device == "cpu" else dict(gpu_memory_utilization=gpu_share)
     llm = LLM(
         target,
         load_format="dummy",
@@ -137,7 +142,8 @@ def engine(
         # Processes of the engine have this folder on their path, since this one has.
         worker_extension_cls=f"{Path(__file__).stem}.{Probe.__name__}",
         speculative_config=speculative and speculative | synthetic | dict(num_speculative_tokens=DRAFTS),
-        **where,
+        # Given, so that engines may start side by side: vLLM would measure the memory that is left.
+        kv_cache_memory_bytes=1 << (28 if device == "cpu" else 30),
     )
     try:
         yield llm
@@ -185,21 +191,33 @@ def drafted_eagerly(rows: list[dict]) -> list[str]:
     ]
 
 
-Save = Callable[[str, list[dict]], None]  # of a drafter's rows
+Save = Callable[[list[dict]], None]
 
 
-def measure_stages(name: str, device: str, save: Save, save_traces: Callable[[str, dict], None]) -> list[dict]:
+def wait_for_turn(file: Path | None) -> None:
+    """Say that this process has started, and wait until it may use the device alone."""
+    if file is None:
+        return
+    file.with_suffix(".ready").touch()
+    while not file.with_suffix(".go").exists():
+        time.sleep(0.05)
+
+
+def measure_stages(name: str, arm: str, device: str, turn: Path | None, save: Save, trace: Path) -> list[dict]:
     """Rows: the drafting stage and its steps of one drafter, by batch size."""
-    with shape(name, device) as drafter, shape(name, device, num_hidden_layers=2) as target:
-        rows = alone(time_draft_model, target, drafter, device)
-        save(name, rows)
-        baseline = {row["batch"]: row["stage_ms"] for row in rows}
-        timed, traces = alone(time_easyspec, target, drafter, device)
-        for row in timed:
-            rows.append(row | {"draft_model_over_stage": round(baseline[row["batch"]] / row["stage_ms"], 2)})
-        save(name, rows)
-        save_traces(name, traces)
-        return rows
+    drafter, target = shape(name, device), shape(name, device, num_hidden_layers=2)
+    context, new_tokens, _, batches = stage_sizes(device)
+    spec = dict(method=arm, model=drafter)
+    with engine(target, device, spec, max(batches), context + new_tokens + ROOM) as llm:
+        wait_for_turn(turn)
+        if arm == "draft_model":
+            rows = time_draft_model(llm, device)
+        else:
+            rows = time_easyspec(llm, json.loads((Path(drafter) / "config.json").read_text()), device)
+        save(rows)
+        if arm == "easyspec" and device == "cuda":
+            write_text(trace, json.dumps(surroundings() | {"drafter": name, "traces": trace_plans(llm)}))
+    return rows
 
 
 def stage_sizes(device: str) -> tuple[int, int, int, tuple[int, ...]]:
@@ -207,104 +225,113 @@ def stage_sizes(device: str) -> tuple[int, int, int, tuple[int, ...]]:
     return (256, 128, 3, (1, 8)) if device == "cuda" else (32, 16, 1, (1, 2))
 
 
-def time_draft_model(target: str, drafter: str, device: str) -> list[dict]:
+def time_draft_model(llm: Any, device: str) -> list[dict]:
     context, new_tokens, turns, batches = stage_sizes(device)
     rows = []
-    spec = dict(method="draft_model", model=drafter)
-    with engine(target, device, spec, max(batches), context + new_tokens + ROOM) as llm:
-        resolved = llm.collective_rpc("bench_attach")[0]
-        shown = {name: resolved[name] for name in DRAFT_MODEL_SHOWS}
-        for batch in batches:
-            generate(llm, batch, context, new_tokens)  # warms up
-            llm.collective_rpc("bench_times")
-            for _ in range(turns):
-                generate(llm, batch, context, new_tokens)
-            stage = llm.collective_rpc("bench_times")[0]["draft"]
-            rows.append({"arm": "draft_model", "batch": batch, "stage_ms": round(stage, 4)} | shown)
+    resolved = llm.collective_rpc("bench_attach")[0]
+    shown = {name: resolved[name] for name in DRAFT_MODEL_SHOWS}
+    for batch in batches:
+        generate(llm, batch, context, new_tokens)  # warms up
+        llm.collective_rpc("bench_times")
+        for _ in range(turns):
+            generate(llm, batch, context, new_tokens)
+        stage = llm.collective_rpc("bench_times")[0]["draft"]
+        rows.append({"arm": "draft_model", "batch": batch, "stage_ms": round(stage, 4)} | shown)
     return rows
 
 
-def time_easyspec(target: str, drafter: str, device: str) -> tuple[list[dict], dict[str, dict]]:
-    """Plans take turns, and the first turn warms up. The rows, and a trace of some rounds of each plan."""
-    traces: dict[str, dict] = {}
+def time_easyspec(llm: Any, config: dict, device: str) -> list[dict]:
+    """Plans take turns, and the first turn warms up."""
     context, new_tokens, turns, batches = stage_sizes(device)
     rows = []
-    spec = dict(method="easyspec", model=drafter)
-    with engine(target, device, spec, max(batches), context + new_tokens + ROOM) as llm:
-        chosen = plans(json.loads((Path(drafter) / "config.json").read_text())["num_hidden_layers"])
-        bandwidth = llm.collective_rpc("read_bandwidth")[0]
-        llm.collective_rpc("bench_attach")
-        for batch in batches:
-            taken: dict[str, list[tuple]] = {arm: [] for arm in chosen}
-            graphs = {}
-            for turn in range(turns + 1):
-                for arm, plan in chosen.items():
-                    use(llm, plan, batch)
-                    llm.collective_rpc("bench_times")
-                    generate(llm, batch, context, new_tokens)
-                    counted = llm.collective_rpc("easyspec_stats")[0]
-                    times, graphs[arm] = counted["stage_ms"], counted["graphs"]
-                    if turn:
-                        stage = llm.collective_rpc("bench_times")[0]["draft"]
-                        taken[arm].append((stage, times["calibrate"], times["draft"] / (DRAFTS - 1)))
-            if device == "cuda" and batch == 1:
-                for arm, plan in chosen.items():
-                    use(llm, plan, batch)
-                    generate(llm, batch, context, 2)
-                    llm.collective_rpc("start_trace")
-                    generate(llm, batch, context, 9)
-                    traces[arm] = llm.collective_rpc("stop_trace")[0]
-            moved = llm.collective_rpc("step_bytes", args=(batch, context + new_tokens // 2))[0]
-            floor = 1e3 * moved / bandwidth
-            precise = median(step for _, _, step in taken["precise"])
-            for arm, measured in taken.items():
-                stage, calibrate, step = (median(times) for times in zip(*measured, strict=True))
-                rows.append(
-                    {
-                        "arm": arm,
-                        "batch": batch,
-                        "stage_ms": round(stage, 4),
-                        "calibrate_ms": round(calibrate, 4),
-                        "step_ms": round(step, 4),
-                        "floor_ms": round(floor, 4),
-                        "step_over_floor": round(step / floor, 2),
-                        "precise_over_step": round(precise / step, 2),
-                        "bandwidth_tb_s": round(bandwidth / 1e12, 3),
-                        "graphs": graphs[arm],
-                    }
-                )
-    return rows, traces
+    chosen = plans(config["num_hidden_layers"])
+    bandwidth = llm.collective_rpc("read_bandwidth")[0]
+    llm.collective_rpc("bench_attach")
+    for batch in batches:
+        taken: dict[str, list[tuple]] = {arm: [] for arm in chosen}
+        graphs = {}
+        for turn in range(turns + 1):
+            for arm, plan in chosen.items():
+                use(llm, plan, batch)
+                llm.collective_rpc("bench_times")
+                generate(llm, batch, context, new_tokens)
+                counted = llm.collective_rpc("easyspec_stats")[0]
+                times, graphs[arm] = counted["stage_ms"], counted["graphs"]
+                if turn:
+                    stage = llm.collective_rpc("bench_times")[0]["draft"]
+                    taken[arm].append((stage, times["calibrate"], times["draft"] / (DRAFTS - 1)))
+        moved = llm.collective_rpc("step_bytes", args=(batch, context + new_tokens // 2))[0]
+        floor = 1e3 * moved / bandwidth
+        precise = median(step for _, _, step in taken["precise"])
+        for arm, measured in taken.items():
+            stage, calibrate, step = (median(times) for times in zip(*measured, strict=True))
+            rows.append(
+                {
+                    "arm": arm,
+                    "batch": batch,
+                    "stage_ms": round(stage, 4),
+                    "calibrate_ms": round(calibrate, 4),
+                    "step_ms": round(step, 4),
+                    "floor_ms": round(floor, 4),
+                    "step_over_floor": round(step / floor, 2),
+                    "precise_over_step": round(precise / step, 2),
+                    "bandwidth_tb_s": round(bandwidth / 1e12, 3),
+                    "graphs": graphs[arm],
+                }
+            )
+    return rows
 
 
-def measure_engine(arm: str, device: str, save: Save) -> list[dict]:
+def trace_plans(llm: Any) -> dict[str, dict]:
+    """The device's work in two rounds of each plan, one request."""
+    context, *_ = stage_sizes("cuda")
+    traces = {}
+    layers = llm.collective_rpc("num_draft_layers")[0]
+    for arm, plan in plans(layers).items():
+        use(llm, plan, 1)
+        generate(llm, 1, context, 2)
+        llm.collective_rpc("start_trace")
+        generate(llm, 1, context, 9)
+        traces[arm] = llm.collective_rpc("stop_trace")[0]
+    return traces
+
+
+def measure_engine(arm: str, device: str, turn: Path | None, save: Save) -> list[dict]:
     """Rows: tokens a second of a whole engine, the prompt's time included. They are kept after each turn."""
-    prompt_tokens, new_tokens, turns = (128, 256, 3) if device == "cuda" else (16, 16, 1)
+    prompt_tokens, new_tokens, turns = (128, 128, 3) if device == "cuda" else (16, 16, 1)
     batches = (1, 8) if device == "cuda" else (1, 2)
     rows: list[dict] = []
-    with shape(DRAFTER, device) as drafter, shape(TARGET, device, vocab_size=vocabulary(drafter)) as target:
-        layers = json.loads((Path(drafter) / "config.json").read_text())["num_hidden_layers"]
-        chosen: dict[str, dict] = plans(layers) if arm == "easyspec" else {arm: {}}
-        spec = None if arm == "none" else dict(method=arm, model=drafter)
-        # The target's weights alone take 61 GiB.
-        with engine(target, device, spec, max(batches), prompt_tokens + new_tokens + ROOM, gpu_share=0.9) as llm:
-            taken: dict[tuple[str, int], list[float]] = {(name, batch): [] for batch in batches for name in chosen}
-            graphs = {}
-            for turn in range(turns + 1):  # the first warms up
-                for (name, batch), seconds in taken.items():
-                    if plan := chosen[name]:
-                        use(llm, plan, batch)
-                    took = generate(llm, batch, prompt_tokens, new_tokens)
-                    if plan:
-                        graphs[name, batch] = {"graphs": llm.collective_rpc("easyspec_stats")[0]["graphs"]}
-                    if turn:
-                        seconds.append(took)
-                if turn:
-                    rows = [
-                        {"arm": name, "batch": batch, "tokens_a_second": round(batch * new_tokens / median(seconds), 1)}
-                        | graphs.get((name, batch), {})
-                        for (name, batch), seconds in taken.items()
-                    ]
-                    save(DRAFTER, rows)
+    drafter = shape(DRAFTER, device)
+    target = shape(TARGET, device, vocab_size=vocabulary(drafter))
+    layers = json.loads((Path(drafter) / "config.json").read_text())["num_hidden_layers"]
+    chosen: dict[str, dict] = plans(layers) if arm == "easyspec" else {arm: {}}
+    spec = None if arm == "none" else dict(method=arm, model=drafter)
+    with engine(target, device, spec, max(batches), prompt_tokens + new_tokens + ROOM) as llm:
+        wait_for_turn(turn)
+        llm.collective_rpc("bench_attach")
+        taken: dict[tuple[str, int], list[float]] = {(name, batch): [] for batch in batches for name in chosen}
+        more: dict[tuple[str, int], dict] = {}
+        for repetition in range(turns + 1):  # the first warms up
+            for (name, batch), seconds in taken.items():
+                if plan := chosen[name]:
+                    use(llm, plan, batch)
+                if spec:
+                    llm.collective_rpc("bench_times")
+                took = generate(llm, batch, prompt_tokens, new_tokens)
+                if spec:
+                    times = llm.collective_rpc("bench_times")[0]
+                    more[name, batch] = {f"{stage}_ms": round(ms, 3) for stage, ms in times.items() if ms}
+                if plan:
+                    more[name, batch]["graphs"] = llm.collective_rpc("easyspec_stats")[0]["graphs"]
+                if repetition:
+                    seconds.append(took)
+            if repetition:
+                rows = [
+                    {"arm": name, "batch": batch, "tokens_a_second": round(batch * new_tokens / median(seconds), 1)}
+                    | more.get((name, batch), {})
+                    for (name, batch), seconds in taken.items()
+                ]
+                save(rows)
     return rows
 
 
@@ -314,26 +341,27 @@ def vocabulary(folder: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("figure", choices=["stages", "engine"])
-    parser.add_argument("of", metavar="DRAFTER|ARM", help="a folder of tests/fixtures/hf_configs, or an engine's arm")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--json", type=Path, required=True)
+    commands = parser.add_subparsers(dest="figure", required=True)
+    stages = commands.add_parser("stages")
+    stages.add_argument("drafter", help="a folder of tests/fixtures/hf_configs")
+    stages.add_argument("arm", choices=["draft_model", "easyspec"])
+    commands.add_parser("engine").add_argument("arm", choices=["none", "draft_model", "easyspec"])
+    for command in commands.choices.values():
+        command.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+        command.add_argument("--json", type=Path, required=True)
+        command.add_argument("--turn", type=Path, metavar="FILE", help="wait for FILE.go once the engine has started")
     args = parser.parse_args()
     around = surroundings()
+    drafter = getattr(args, "drafter", DRAFTER)
 
-    def save(drafter: str, rows: list[dict]) -> None:
-        named = [{"drafter": drafter} | row for row in rows]
-        write(args.json, around | {"rows": named})
-
-    def save_traces(drafter: str, traces: dict) -> None:
-        if traces:
-            path = args.json.with_name(f"{args.json.stem}-trace.json")
-            write_text(path, json.dumps(around | {"drafter": drafter, "traces": traces}))
+    def save(rows: list[dict]) -> None:
+        write(args.json, around | {"rows": [{"drafter": drafter} | row for row in rows]})
 
     if args.figure == "stages":
-        rows = measure_stages(args.of, args.device, save, save_traces)
+        trace = args.json.with_name(f"{args.json.stem}-trace.json")
+        rows = measure_stages(drafter, args.arm, args.device, args.turn, save, trace)
     else:
-        rows = measure_engine(args.of, args.device, save)
+        rows = measure_engine(args.arm, args.device, args.turn, save)
     if eager := drafted_eagerly(rows):
         sys.exit("\n".join(eager))
 

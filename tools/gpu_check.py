@@ -1,7 +1,8 @@
 """`make gpu-check`: build, correctness, then figures on a host with a GPU, within one budget of time.
 
 Each part runs in a process of its own with its own time limit, so that a failure or a hang costs that part alone.
-Checks share the GPU, several at once; what is timed has it to itself.
+Checks share the GPU, several at once. Engines whose times count start side by side, beside the checks, as many as fit
+into the GPU's memory; when all have started and no check runs, each in turn has the GPU to itself.
 Results are written as they are obtained, one file a part, `benchmarks/results/gpu-PART.json`; the table comes last. The
 exit code is 1 if a check failed or got no time. Ctrl-C and SIGTERM end the parts that run, and the table still comes;
 the exit code is then 130 or 143. Without a GPU this says so and exits with 0.
@@ -23,7 +24,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,10 @@ OUTPUT_KEPT = 20_000  # characters of a part's output, in its result
 # Less than the ten minutes that a command often gets: the last part's end and the table take some seconds.
 BUDGET_S = 570
 
-DRAFTERS = ("Llama-3.2-1B-Instruct", "Qwen2.5-0.5B-Instruct", "Qwen2.5-1.5B-Instruct")
+# GiB that an engine takes with such a drafter and a target of two layers.
+DRAFTERS = {"Qwen2.5-0.5B-Instruct": 6, "Qwen2.5-1.5B-Instruct": 9, "Llama-3.2-1B-Instruct": 8}
+# Tests of the operators that run on the device that EASYSPEC_TEST_DEVICE names.
+ON_GPU = [f"tests/ops/test_{name}.py" for name in ("layer_ops", "advance_draft_inputs", "calibration_inputs")]
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,12 @@ class Part:
     most_s: int  # ended after this
     environment: tuple[tuple[str, str], ...] = ()  # where the user's does not say otherwise
     shares_gpu: bool = False
+    gib: int = 0  # of the GPU's memory; a part that says so takes turns: it starts early and measures when it may
+
+    def files(self, folder: Path, device: str) -> tuple[Path, Path]:
+        """Where its result goes, and the file by which it waits for its turn."""
+        result = folder / f"{'gpu' if device == 'cuda' else 'cpu-rehearsal'}-{self.name}.json"
+        return result, result.with_suffix(".turn")
 
 
 def parts(device: str) -> list[Part]:
@@ -72,12 +81,12 @@ def parts(device: str) -> list[Part]:
     def tests(name: str, *arguments: str) -> Part:
         return Part(name, True, ("-m", "pytest", "-q", *arguments), 30, 150, for_tests, shares_gpu=True)
 
-    def figure(name: str, *arguments: str, least: int, most: int) -> Part:
-        return Part(name, False, (FIGURES, *arguments), least, most)
+    def figure(name: str, gib: int, *arguments: str, most: int = 400) -> Part:
+        return Part(name, False, (FIGURES, *arguments), 60, most, gib=gib)
 
     found = [check("identity-eager", "identity", "float32")]
     if device == "cuda":
-        found.append(check("identity-graphs", "identity", "float32", "--graphs"))
+        found.insert(0, check("identity-graphs", "identity", "float32", "--graphs"))
     found.append(check("bfloat16", "identity", "bfloat16", *(["--graphs"] if device == "cuda" else [])))
     found.append(tests("sampling", "tests/e2e/test_sampling.py", "-k", "probabilistic and not full"))
     if (ROOT / "csrc").is_dir():
@@ -85,21 +94,18 @@ def parts(device: str) -> list[Part]:
         found.append(tests("operators", "tests/ops"))
         if device == "cuda":
             on_gpu = (*for_tests, ("EASYSPEC_TEST_DEVICE", "cuda"))
-            files = [
-                f"tests/ops/test_{name}.py" for name in ("layer_ops", "advance_draft_inputs", "calibration_inputs")
-            ]
-            found.insert(1, Part("operators-gpu", True, ("-m", "pytest", "-q", *files), 30, 150, on_gpu, True))
+            found.insert(1, Part("operators-gpu", True, ("-m", "pytest", "-q", *ON_GPU), 30, 150, on_gpu, True))
     if device == "cuda":
         found.append(tests("tests-gpu", "-m", "gpu", "tests"))
         found.append(check("xformers", "identity", "bfloat16", "--xformers"))
-    drafters = DRAFTERS if device == "cuda" else DRAFTERS[1:2]
-    stages = [figure(f"stages-{name}", "stages", name, least=40, most=120) for name in drafters]
-    # The arms whose ratio counts most come first: the last may find no time.
-    arms = ("easyspec", "none", "draft_model")
-    end_to_end = [figure(f"engine-{arm}", "engine", arm, least=90, most=180) for arm in arms]
-    if device == "cuda":
         found.append(Part("products", False, ("benchmarks/gpu_products.py",), 30, 90))
-    return [*found, *stages[:1], *end_to_end, *stages[1:]]
+    # Both arms of a drafter start together, so that they are compared on one machine within a minute.
+    found += [
+        figure(f"stages-{name}-{arm}", gib, "stages", name, arm)
+        for name, gib in (DRAFTERS.items() if device == "cuda" else [("Qwen2.5-0.5B-Instruct", 1)])
+        for arm in ("easyspec", "draft_model")
+    ]
+    return [*found, *(figure(f"engine-{arm}", 66, "engine", arm) for arm in ("easyspec", "draft_model", "none"))]
 
 
 class Running:
@@ -142,14 +148,17 @@ def end(process: subprocess.Popen) -> None:
         pass
 
 
-def run(part: Part, device: str, seconds: float, result: Path, running: Running) -> dict:
-    """Run one part for at most `seconds`. What it wrote to `result` comes back with its outcome beside it."""
+def run(part: Part, device: str, seconds: float, folder: Path, running: Running) -> dict:
+    """Run one part for at most `seconds`. What it wrote as its result comes back with its outcome beside it."""
     began = time.monotonic()
+    result, turn = part.files(folder, device)
     environment = dict(part.environment) | os.environ
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *environment.get("PYTHONPATH", "").split(os.pathsep)])
     command = [sys.executable, *part.command]
     if part.command[0] in (CHECKS, FIGURES):
         command += ["--device", device]
+    if part.gib:
+        command += ["--turn", str(turn)]
     if part.command[0].endswith(".py"):
         command += ["--json", str(result)]
     result.unlink(missing_ok=True)
@@ -219,39 +228,93 @@ def main() -> int:
     unknown = set(args.only or ()) - {part.name for part in known}
     if unknown:
         parser.error(f"--only {' '.join(sorted(unknown))}: allowed are {' '.join(part.name for part in known)}")
-    deadline = time.monotonic() + args.budget
     args.results.mkdir(parents=True, exist_ok=True)
-    prefix = "gpu" if args.device == "cuda" else "cpu-rehearsal"
-    running = Running()
-
-    def attempt(part: Part) -> dict:
-        left = deadline - time.monotonic()
-        if running.signal:
-            return {"part": part.name, "outcome": f"not run: {running.why_stopped}"}
-        if left < part.least_s:
-            return {"part": part.name, "outcome": f"not run: {max(0, left):.0f} s of the budget were left"}
-        print(f"gpu-check: {part.name}", flush=True)
-        file = args.results / f"{prefix}-{part.name}.json"
-        found = run(part, args.device, min(left, part.most_s), file, running)
-        if not is_good(found):
-            print(f"gpu-check: {part.name} {found['outcome']}\n{found['output'][-1500:]}", flush=True)
-        return found
-
     chosen = [part for part in known if not args.only or part.name in args.only]
     jobs = args.jobs or (3 if args.device == "cuda" else 1)
-    results: list[dict] = []
-    handlers = {number: signal.signal(number, running.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    schedule = Schedule(args.device, args.results, time.monotonic() + args.budget, jobs)
+    handlers = {number: signal.signal(number, schedule.running.stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        for shared, some in groupby(chosen, key=lambda part: part.shares_gpu):
-            with ThreadPoolExecutor(jobs if shared else 1) as pool:
-                results += pool.map(attempt, some)
+        by_name = schedule.run(chosen, device_gib(args.device))
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    results = [by_name[part.name] for part in chosen]
+    running = schedule.running
     print_table(results)
     if running.signal:
         return 128 + running.signal
     return int(any(part.is_check and not is_good(found) for part, found in zip(chosen, results, strict=True)))
+
+
+class Schedule:
+    """What runs beside what: parts alone in order, then checks beside the first engines, then the engines' turns."""
+
+    def __init__(self, device: str, folder: Path, deadline: float, jobs: int):
+        self.device, self.folder, self.deadline, self.jobs = device, folder, deadline, jobs
+        self.running = Running()
+
+    def run(self, chosen: list[Part], gib: int) -> dict[str, dict]:
+        """Each part's result by its name."""
+        found = {part.name: self.attempt(part) for part in chosen if not part.shares_gpu and not part.gib}
+        checks = [part for part in chosen if part.shares_gpu]
+        for engines in waves([part for part in chosen if part.gib], gib) or [[]]:
+            found |= self.wave(checks, engines)
+            checks = []
+        return found
+
+    def wave(self, checks: list[Part], engines: list[Part]) -> dict[str, dict]:
+        for part in engines:
+            for left_over in (".ready", ".go"):
+                self.turn(part, left_over).unlink(missing_ok=True)
+        with ThreadPoolExecutor(self.jobs) as some, ThreadPoolExecutor(max(1, len(engines))) as all_of_them:
+            started = {part.name: all_of_them.submit(self.attempt, part) for part in engines}
+            checked = {part.name: some.submit(self.attempt, part) for part in checks}
+            for done in checked.values():
+                done.result()
+            for part in engines:
+                while not (self.turn(part, ".ready").exists() or started[part.name].done()):
+                    time.sleep(0.05)
+            for part in engines:
+                self.turn(part, ".go").touch()
+                started[part.name].result()
+        for part in engines:
+            for left_over in (".ready", ".go"):
+                self.turn(part, left_over).unlink(missing_ok=True)
+        return {name: done.result() for name, done in (checked | started).items()}
+
+    def turn(self, part: Part, suffix: str) -> Path:
+        return part.files(self.folder, self.device)[1].with_suffix(suffix)
+
+    def attempt(self, part: Part) -> dict:
+        left = self.deadline - time.monotonic()
+        if self.running.signal:
+            return {"part": part.name, "outcome": f"not run: {self.running.why_stopped}"}
+        if left < part.least_s:
+            return {"part": part.name, "outcome": f"not run: {max(0, left):.0f} s of the budget were left"}
+        print(f"gpu-check: {part.name}", flush=True)
+        found = run(part, self.device, min(left, part.most_s), self.folder, self.running)
+        if not is_good(found):
+            print(f"gpu-check: {part.name} {found['outcome']}\n{found['output'][-1500:]}", flush=True)
+        return found
+
+
+def waves(engines: list[Part], gib: int) -> list[list[Part]]:
+    """Engines that start together: in order, as many as fit into the memory; one that doesn't fit starts alone."""
+    found: list[list[Part]] = []
+    for part in engines:
+        if not found or sum(other.gib for other in found[-1]) + part.gib > gib:
+            found.append([])
+        found[-1].append(part)
+    return found
+
+
+def device_gib(device: str) -> int:
+    """The GPU's memory; on a CPU, where memory is the host's, room for two engines."""
+    if device == "cpu":
+        return 2
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory >> 30
 
 
 def is_good(found: dict) -> bool:
@@ -274,6 +337,17 @@ def print_table(results: list[dict]) -> None:
         for baseline in ("none", "draft_model"):
             if arm not in ("none", baseline) and (baseline, batch) in rates:
                 print(f"{arm}, batch {batch}: {rate / rates[baseline, batch]:.2f} times {baseline}'s tokens a second")
+    stages = {
+        (row["drafter"], row["batch"], row["arm"]): row["stage_ms"]
+        for found in results
+        for row in found.get("rows", [])
+        if "stage_ms" in row
+    }
+    for (drafter, batch, arm), stage in stages.items():
+        if (baseline_ms := stages.get((drafter, batch, "draft_model"))) and arm != "draft_model":
+            print(
+                f"{drafter}, batch {batch}: {arm}'s drafting stage {baseline_ms / stage:.2f} times as fast as draft_model's"
+            )
 
 
 if __name__ == "__main__":

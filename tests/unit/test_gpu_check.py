@@ -84,7 +84,7 @@ def test_a_signal_ends_the_parts_that_run_and_the_table_still_comes(tmp_path, nu
         "def part(name, code, shared): return Part(name, True, ('-c', code), 0, 300, shares_gpu=shared)\n"
         "parts = [part('done', 'pass', False)]\n"
         f"parts += [part('hangs', {hang(pids[0])!r}, True), part('hangs-too', {hang(pids[1])!r}, True)]\n"
-        "parts += [part('waits', 'pass', True), part('later', 'pass', False)]\n"
+        "parts += [part('waits', 'pass', True)]\n"
         "gpu_check.parts = lambda device: parts\n"
         f"sys.argv += ['--device', 'cpu', '--jobs', '2', '--results', {str(tmp_path / 'results')!r}]\n"
         "sys.exit(gpu_check.main())"
@@ -117,9 +117,35 @@ def test_a_signal_ends_the_parts_that_run_and_the_table_still_comes(tmp_path, nu
         "hangs": stopped,
         "hangs-too": stopped,
         "waits": f"not run: {stopped}",
-        "later": f"not run: {stopped}",
     }
     assert json.loads((tmp_path / "results" / "cpu-rehearsal-hangs.json").read_text())["outcome"] == stopped
+
+
+def test_engines_start_together_and_measure_in_turn(monkeypatch, tmp_path):
+    """Beside a check, and none before it has ended; a part that fails to start has no turn."""
+    log = tmp_path / "log"
+    script = tmp_path / "engine.py"
+    script.write_text(
+        "import pathlib, sys, time\n"
+        "turn = pathlib.Path(sys.argv[sys.argv.index('--turn') + 1])\n"
+        f"def say(what): open({str(log)!r}, 'a').write(f'{{what}} {{sys.argv[1]}}\\n')\n"
+        "if sys.argv[1] == 'bad': raise SystemExit(1)\n"
+        "say('starts'); turn.with_suffix('.ready').touch()\n"
+        "while not turn.with_suffix('.go').exists(): time.sleep(0.01)\n"
+        "say('begins'); time.sleep(0.3); say('ends')\n"
+    )
+    check_code = f"import time; time.sleep(2); open({str(log)!r}, 'a').write('checked\\n')"
+    monkeypatch.setattr(gpu_check, "device_gib", lambda device: 5)
+    parts = [python("check", check_code, shares_gpu=True)]
+    parts += [
+        Part(name, False, (str(script), name), 0, 60, gib=gib)
+        for name, gib in (("a", 2), ("bad", 1), ("b", 2), ("c", 9))
+    ]
+    code, found = check(monkeypatch, tmp_path / "results", parts)
+    assert code == 0 and found["bad"]["outcome"] == "failed with exit code 1"
+    lines = log.read_text().splitlines()
+    assert sorted(lines[:2]) == ["starts a", "starts b"]
+    assert lines[2:] == ["checked", "begins a", "ends a", "begins b", "ends b", "starts c", "begins c", "ends c"]
 
 
 def writes(monkeypatch, tmp_path, text: str, *then: str, **changes) -> Part:
