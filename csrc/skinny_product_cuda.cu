@@ -1,7 +1,6 @@
 #include <cooperative_groups.h>
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "launch.h"
 #include "skinny_product.h"
@@ -11,45 +10,75 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kColumns = 64;  // of a tile: eight groups of eight, 16 bytes each
-constexpr int kRows = 16;     // of a slice, which a warp multiplies at once
-constexpr int kDepth = 3;     // slices of a warp whose weights are on their way
-// Slices whose inputs are in shared memory together, of up to 8 and up to 16 tokens: whole turns of the warps.
-template <int kTokenTiles>
-constexpr int kChunk = 10 * kDepth * kWarps / kTokenTiles;
+constexpr int kColumns = 64;    // of a tile: 128 bytes of a row, which the memory serves at once
+constexpr int kRows = 16;       // of a slice, which a warp multiplies at once
+constexpr int kStages = 4;      // slices of a warp whose weights are on their way
+constexpr int kSliceBytes = kRows * kColumns * 2;
+constexpr int kRing = kWarps * kStages * kSliceBytes;
 constexpr int kMostBlocks = 8;  // of a cluster, which share a tile's rows: the portable limit
 
-// Where a block's dynamic shared memory holds what.
+// Rows whose inputs are in shared memory together, for up to 8 and up to 16 tokens.
+template <int kTokenTiles>
+constexpr int kChunk = 2048 / kTokenTiles;
+
+// Where a block's dynamic shared memory holds what, in bytes from its start: first the slices on their way, and when all
+// have come the sums of the warps [kWarps, tokens, kColumns].
 struct Layout {
   int pitch;      // numbers from a token's inputs to the next token's
-  int inputs;     // bytes: the inputs [tokens, pitch], and afterwards the sums of the warps [kWarps, tokens, kColumns]
-  int of_blocks;  // bytes: the sums of the cluster's blocks [blocks, tokens, kColumns], in its first block
-  int squares;    // bytes: sums of squares of the blocks [blocks, tokens], then of the warps [kWarps, tokens]
+  int inputs;     // [tokens, pitch] bfloat16
+  int of_blocks;  // sums of the cluster's blocks [blocks, tokens, kColumns] float32, in its first block
+  int squares;    // sums of squares of the blocks [blocks, tokens], then of the warps [kWarps, tokens], float32
+  int bytes;
 
-  __host__ __device__ Layout(int64_t rows, int64_t tokens, int blocks)
-      // Tokens 16 numbers apart modulo 64, so that the threads of a warp read from different banks.
-      : pitch(static_cast<int>((rows + 63) / 64 * 64 + 16)),
-        inputs(static_cast<int>(tokens * (pitch * 2 > kWarps * kColumns * 4 ? pitch * 2 : kWarps * kColumns * 4))),
-        of_blocks(static_cast<int>(blocks * tokens * kColumns * 4)),
-        squares(static_cast<int>((blocks + kWarps) * tokens * 4)) {}
-
-  __host__ __device__ int bytes() const { return inputs + of_blocks + squares; }
+  __host__ __device__ Layout(int rows, int tokens, int blocks)
+      // Tokens 8 numbers apart modulo 64, so that the threads of a warp read from different banks.
+      : pitch((rows + 63) / 64 * 64 + 8),
+        inputs(kRing),
+        of_blocks(inputs + tokens * pitch * 2),
+        squares(of_blocks + blocks * tokens * kColumns * 4),
+        bytes(squares + (blocks + kWarps) * tokens * 4) {}
 };
 
-// Rows of a block whose inputs are in shared memory at once.
-template <int kTokenTiles>
-__host__ __device__ int64_t rows_together(int64_t slices, int blocks) {
-  const int64_t of_block = (slices + blocks - 1) / blocks;
-  return kRows * (of_block < kChunk<kTokenTiles> ? of_block : kChunk<kTokenTiles>);
+// What the host works out for all blocks. Blocks of a cluster are a power of two: 1 << log_blocks.
+struct Shares {
+  int log_blocks;
+  int slices;  // of a layer
+  int rows_together;
+};
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// 16 bytes of weights: read once, so they need not stay in the first cache.
-__device__ __forceinline__ uint4 load_once(const void* from) {
-  uint4 out;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w)
-               : "l"(from));
-  return out;
+// Have 16 bytes copied to shared memory; zeros where `is_there` is false.
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool is_there) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(is_there ? 16 : 0)
+               : "memory");
+#endif
+}
+
+__device__ __forceinline__ void end_of_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// All copies have come but those of the last kStages - 1 groups.
+__device__ __forceinline__ void wait_for_oldest_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 1) : "memory");
+#endif
+}
+
+// Weights [16 rows, 16 columns] of a slice as a fragment [16 columns, 16 rows]; each lane gives the address of 8 numbers.
+__device__ __forceinline__ void load_turned(uint32_t (&fragment)[4], uint32_t address) {
+#if __CUDA_ARCH__ >= 750
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+               : "r"(address)
+               : "memory");
+#endif
 }
 
 // sums [16 columns, 8 tokens] += weights [16 columns, 16 rows] times inputs [16 rows, 8 tokens], by the warp.
@@ -74,75 +103,83 @@ __device__ __forceinline__ float high_of(uint32_t word) { return __uint_as_float
 
 // A tile of columns of one layer, its rows shared by the blocks of a cluster, a block's by its warps, slice by slice.
 //
-// In a slice thread `4 * group + quarter` of a warp reads columns `8 * group ..` of rows `4 * quarter ..`, four times
-// 16 bytes, which is what the tensor cores' fragments hold, once columns and rows are numbered to suit: column `2 * i`
-// of a group is fragment row `group` of product i, column `2 * i + 1` is row `group + 8`, and rows `4 * quarter + (0,
-// 1, 2, 3)` are the inner places `2 * quarter + (0, 1, 8, 9)`.
-//
-// The norm's factor is one number a token, so it multiplies the sums; each block adds up the squares of its own rows.
+// Each warp has a ring of slices in shared memory that it alone writes and reads. Of a slice's row the eighth part p lies
+// at place p ^ (row % 8), so that eight rows of one part lie in different banks. Warps need one another only for the
+// inputs and the sums. The norm's factor is one number a token, so it multiplies the sums; each block adds up the squares
+// of its own rows.
 template <int kTokenTiles, bool kGated>
-__global__ void __launch_bounds__(kThreads, kTokenTiles == 1 ? 3 : 2)
-    skinny_product_kernel(SkinnyProduct a, int blocks) {
-  extern __shared__ uint4 shared[];
+__global__ void __launch_bounds__(kThreads, 3 - (kTokenTiles > 1)) skinny_product_kernel(SkinnyProduct a, Shares s) {
+  extern __shared__ __align__(128) char shared[];
   let_next_start();
+  const int blocks = 1 << s.log_blocks;
 #if __CUDA_ARCH__ >= 900
   auto cluster = cooperative_groups::this_cluster();
   if (blocks > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;");  // this block runs
 #endif
 
-  const int block = blockIdx.x % blocks, tile = blockIdx.x / blocks;
-  const int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, quarter = threadIdx.x % 4;
-  const int tokens = static_cast<int>(a.tokens);
-  const int64_t layer = (static_cast<int64_t>(blockIdx.y) - a.first) / a.step;
-  const bool is_here = blockIdx.y >= a.first && (blockIdx.y - a.first) % a.step == 0 && layer < a.layers;
-  const int64_t width = kGated ? a.columns / 2 : a.columns;  // of the result
-  constexpr int kWide = kGated ? kColumns / 2 : kColumns;    // the result's columns of a tile
-  // Of gated ones half of the groups take gates, and half what they let through.
-  const int64_t place = tile * static_cast<int64_t>(kWide) + 8 * group % kWide;
-  const int64_t column = place + (kGated && 8 * group >= kWide ? width : 0);
-  const int64_t all_slices = (a.inner + kRows - 1) / kRows;
-  const int64_t begin = all_slices * block / blocks * kRows;
-  const int64_t end = min(a.inner, all_slices * (block + 1) / blocks * kRows);
-  const int rows = is_here ? static_cast<int>(end - begin) : 0, slices = (rows + kRows - 1) / kRows;
-  const Layout layout(rows_together<kTokenTiles>(all_slices, blocks), tokens, blocks);
-  auto* inputs = reinterpret_cast<uint16_t*>(shared);
+  const int block = blockIdx.x & (blocks - 1), tile = blockIdx.x >> s.log_blocks;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = lane / 4, quarter = lane % 4;
+  const int tokens = static_cast<int>(a.tokens), columns = static_cast<int>(a.columns);
+  const int from_first = static_cast<int>(blockIdx.y) - static_cast<int>(a.first), step = static_cast<int>(a.step);
+  const int layer = step == 1 ? from_first : from_first / step;
+  const bool is_here = from_first >= 0 && layer < a.layers && layer * step == from_first;
+  const int width = kGated ? columns / 2 : columns;        // of the result
+  constexpr int kWide = kGated ? kColumns / 2 : kColumns;  // the result's columns of a tile
+  const int begin = (s.slices * block >> s.log_blocks) * kRows;
+  const int end = min(static_cast<int>(a.inner), (s.slices * (block + 1) >> s.log_blocks) * kRows);
+  const int rows = is_here ? end - begin : 0, slices = (rows + kRows - 1) / kRows;
+  const Layout layout(s.rows_together, tokens, blocks);
+  auto* inputs = reinterpret_cast<uint16_t*>(shared + layout.inputs);
   auto* of_warps = reinterpret_cast<float*>(shared);
-  auto* of_blocks = reinterpret_cast<float*>(reinterpret_cast<char*>(shared) + layout.inputs);
-  float* squares_of_blocks = of_blocks + blocks * tokens * kColumns;
+  auto* of_blocks = reinterpret_cast<float*>(shared + layout.of_blocks);
+  auto* squares_of_blocks = reinterpret_cast<float*>(shared + layout.squares);
   float* squares_of_warps = squares_of_blocks + blocks * tokens;
 
-  const auto columns = static_cast<uint32_t>(a.columns);
+  // A lane copies an eighth of every fourth row. Of gated columns half of the eighths are gates, half what they let
+  // through.
+  const int part = lane % 8, first_row = lane / 8;
+  const int place = tile * kWide + 8 * part % kWide;
+  const int column = min(place, width - 8) + (kGated && 8 * part >= kWide ? width : 0);
   const auto* weights =
-      static_cast<const BFloat16*>(a.weights) + (layer * a.inner + begin + 4 * quarter) * a.columns + column;
-  const auto* norms = static_cast<const BFloat16*>(a.norms) + layer * a.inner + begin;
-  const int my_rows = place < width ? rows - 4 * quarter : 0;
-  auto load = [&](int slice, uint4(&into)[4]) {
+      static_cast<const BFloat16*>(a.weights) + (layer * a.inner + begin + first_row) * a.columns + column;
+  const int my_rows = place < width ? rows - first_row : 0;
+  const uint32_t ring = shared_address(shared) + warp * kStages * kSliceBytes;
+  auto fetch = [&](int slice, int stage) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = slice * kRows + i;
-      into[i] = row < my_rows ? load_once(weights + row * columns) : uint4{0, 0, 0, 0};
+    for (int i = 0; i < kRows / 4; ++i) {
+      const int row = slice * kRows + 4 * i, in_slice = 4 * i + first_row;
+      const bool is_there = row < my_rows;
+      const auto* from = weights + (is_there ? static_cast<uint32_t>(row) * static_cast<uint32_t>(columns) : 0u);
+      copy_async(ring + stage * kSliceBytes + in_slice * kColumns * 2 + (part ^ in_slice % 8) * 16, from, is_there);
     }
+    end_of_copies();
   };
-  uint4 fetched[kDepth][4];
+  if (is_here) {
 #pragma unroll
-  for (int d = 0; d < kDepth; ++d) load(warp + d * kWarps, fetched[d]);
+    for (int stage = 0; stage < kStages; ++stage) fetch(warp + stage * kWarps, stage);
+  }
+  const auto* norms = static_cast<const BFloat16*>(a.norms) + layer * a.inner + begin;
   uint4 first_norm = {};
-  if (a.norms && 8 * static_cast<int>(threadIdx.x) < rows) first_norm = load_once(norms + 8 * threadIdx.x);
+  if (a.norms && 8 * static_cast<int>(threadIdx.x) < rows) {
+    first_norm = *reinterpret_cast<const uint4*>(norms + 8 * threadIdx.x);
+  }
   wait_for_previous();
 
   const auto* x = static_cast<const BFloat16*>(a.x) + layer * a.layer_step + begin;
   float sums[kTokenTiles][4][4] = {};
-  for (int chunk = 0; chunk < slices; chunk += kChunk<kTokenTiles>) {
-    const int chunk_end = min(slices, chunk + kChunk<kTokenTiles>);
+  int slice = warp, stage = 0;
+  for (int chunk = 0; chunk < rows; chunk += kChunk<kTokenTiles>) {
+    const int chunk_end = min(slices * kRows, chunk + kChunk<kTokenTiles>);
     if (chunk > 0) __syncthreads();  // the inputs of the one before have been read
     // The inputs, times the norm's weights: 8 rows a thread at once.
     for (int token = 0; token < tokens; ++token) {
       float square = 0;
-      for (int row = chunk * kRows + 8 * threadIdx.x; row < chunk_end * kRows; row += 8 * kThreads) {
+      for (int row = chunk + 8 * threadIdx.x; row < chunk_end; row += 8 * kThreads) {
         uint4 numbers = {};
         if (row < rows) numbers = *reinterpret_cast<const uint4*>(x + token * a.token_step + row);
-        if (a.norms) {
-          const uint4 norm = row < 8 * kThreads ? first_norm : load_once(norms + min(row, rows - 8));
+        if (a.norms && row < rows) {
+          const bool is_first = chunk == 0 && row < 8 * kThreads;
+          const uint4 norm = is_first ? first_norm : *reinterpret_cast<const uint4*>(norms + row);
           const uint32_t factors[4] = {norm.x, norm.y, norm.z, norm.w};
           uint32_t words[4] = {numbers.x, numbers.y, numbers.z, numbers.w};
 #pragma unroll
@@ -153,57 +190,53 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles == 1 ? 3 : 2)
           }
           numbers = {words[0], words[1], words[2], words[3]};
         }
-        *reinterpret_cast<uint4*>(inputs + token * layout.pitch + row - chunk * kRows) = numbers;
+        *reinterpret_cast<uint4*>(inputs + token * layout.pitch + row - chunk) = numbers;
       }
       if (a.norms) {
         square = WarpLanes{}.sum(square);
         float& of_warp = squares_of_warps[warp * tokens + token];
-        if (threadIdx.x % 32 == 0) of_warp = square + (chunk > 0 ? of_warp : 0);
+        if (lane == 0) of_warp = square + (chunk > 0 ? of_warp : 0);
       }
     }
     __syncthreads();
 
-    for (int first = chunk + warp; first < chunk_end; first += kDepth * kWarps) {
+    for (; slice * kRows < chunk_end; slice += kWarps, stage = (stage + 1) % kStages) {
+      wait_for_oldest_copies();
+      __syncwarp();
+      uint2 factors[kTokenTiles] = {};
 #pragma unroll
-      for (int d = 0; d < kDepth; ++d) {
-        const int slice = first + d * kWarps;
-        if (slice >= chunk_end) break;
-        uint2 factors[kTokenTiles] = {};
-#pragma unroll
-        for (int t = 0; t < kTokenTiles; ++t) {
-          const int token = 8 * t + group, row = (slice - chunk) * kRows + 4 * quarter;
-          if (token < tokens) factors[t] = *reinterpret_cast<const uint2*>(inputs + token * layout.pitch + row);
+      for (int t = 0; t < kTokenTiles; ++t) {
+        const int token = 8 * t + group;
+        if (token < tokens) {
+          const auto* from = inputs + token * layout.pitch + slice * kRows - chunk + 2 * quarter;
+          factors[t] = {*reinterpret_cast<const uint32_t*>(from), *reinterpret_cast<const uint32_t*>(from + 8)};
         }
-        const uint32_t of_rows[4][4] = {{fetched[d][0].x, fetched[d][0].y, fetched[d][0].z, fetched[d][0].w},
-                                        {fetched[d][1].x, fetched[d][1].y, fetched[d][1].z, fetched[d][1].w},
-                                        {fetched[d][2].x, fetched[d][2].y, fetched[d][2].z, fetched[d][2].w},
-                                        {fetched[d][3].x, fetched[d][3].y, fetched[d][3].z, fetched[d][3].w}};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          // Two rows of one column make a word of a fragment.
-          const uint32_t fragment[4] = {__byte_perm(of_rows[0][i], of_rows[1][i], 0x5410),
-                                        __byte_perm(of_rows[0][i], of_rows[1][i], 0x7632),
-                                        __byte_perm(of_rows[2][i], of_rows[3][i], 0x5410),
-                                        __byte_perm(of_rows[2][i], of_rows[3][i], 0x7632)};
-#pragma unroll
-          for (int t = 0; t < kTokenTiles; ++t) multiply(sums[t][i], fragment, factors[t]);
-        }
-        load(slice + kDepth * kWarps, fetched[d]);
       }
+      // Lanes 0 to 7 give the first eight rows of columns 0 to 7, then of 8 to 15, then the last eight rows of both.
+      const int row = lane % 8 + lane / 16 * 8;
+      const uint32_t of_row = ring + stage * kSliceBytes + row * kColumns * 2;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        uint32_t fragment[4];
+        load_turned(fragment, of_row + ((2 * i + lane / 8 % 2) ^ row % 8) * 16);
+#pragma unroll
+        for (int t = 0; t < kTokenTiles; ++t) multiply(sums[t][i], fragment, factors[t]);
+      }
+      __syncwarp();
+      fetch(slice + kStages * kWarps, stage);
     }
   }
 
   // Over the warps, then over the blocks of the cluster, in a fixed order.
-  __syncthreads();  // the inputs have been read
+  __syncthreads();  // no slice is on its way, and the ring becomes the warps' sums
 #pragma unroll
   for (int t = 0; t < kTokenTiles; ++t) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
-      for (int part = 0; part < 4; ++part) {
-        const int token = 8 * t + 2 * quarter + part % 2;
-        if (token < tokens)
-          of_warps[(warp * tokens + token) * kColumns + 8 * group + 2 * i + part / 2] = sums[t][i][part];
+      for (int of_four = 0; of_four < 4; ++of_four) {
+        const int token = 8 * t + 2 * quarter + of_four % 2, at = 16 * i + group + of_four / 2 * 8;
+        if (token < tokens) of_warps[(warp * tokens + token) * kColumns + at] = sums[t][i][of_four];
       }
     }
   }
@@ -241,8 +274,7 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles == 1 ? 3 : 2)
   const auto* residual = static_cast<const BFloat16*>(a.residual);
   auto* out = static_cast<BFloat16*>(a.out) + blockIdx.y * a.out_layer_step;
   for (int i = threadIdx.x; i < tokens * kWide; i += kThreads) {
-    const int token = i / kWide;
-    const int64_t at = tile * static_cast<int64_t>(kWide) + i % kWide;
+    const int token = i / kWide, at = tile * kWide + i % kWide;
     if (at >= width) continue;
     float result = 0;
     if (is_here) {
@@ -252,7 +284,7 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles == 1 ? 3 : 2)
         for (int other = 0; other < blocks; ++other) total += squares_of_blocks[other * tokens + token];
         factor = 1 / sqrtf(total / static_cast<float>(a.inner) + a.eps);
       }
-      auto total_at = [&](int place_in_tile, int64_t of_bias) {
+      auto total_at = [&](int place_in_tile, int of_bias) {
         float total = 0;
         for (int other = 0; other < blocks; ++other) {
           total += of_blocks[(other * tokens + token) * kColumns + place_in_tile];
@@ -263,34 +295,32 @@ __global__ void __launch_bounds__(kThreads, kTokenTiles == 1 ? 3 : 2)
       if constexpr (kGated) {
         result = result / (1 + expf(-result)) * total_at(kWide + i % kWide, width + at);
       } else if (residual) {
-        result += to_float(residual[token * width + at]);
+        result += to_float(residual[token * static_cast<int64_t>(width) + at]);
       }
     }
     from_float(result, out[token * a.out_token_step + at]);
   }
 }
 
-int experiment(const char* name, int usual) {
-  const char* text = std::getenv(name);
-  return text ? std::atoi(text) : usual;
-}
-
 template <int kTokenTiles>
 void launch_tokens(const SkinnyProduct& a, void* stream) {
-  const int64_t wide = a.gated ? kColumns / 2 : kColumns, width = a.gated ? a.columns / 2 : a.columns;
-  const int64_t tiles = (width + wide - 1) / wide, slices = (a.inner + kRows - 1) / kRows;
+  const int wide = a.gated ? kColumns / 2 : kColumns, width = static_cast<int>(a.gated ? a.columns / 2 : a.columns);
+  const int tiles = (width + wide - 1) / wide, slices = static_cast<int>((a.inner + kRows - 1) / kRows);
   const DeviceProperties& device = device_properties();
-  const int most = experiment("EASYSPEC_MOST", kMostBlocks), limit = experiment("EASYSPEC_LIMIT", 198);
-  // Rows are shared by more blocks while there is room for them beside the next kernel's, each warp with a slice.
-  int blocks = 1;
-  while (blocks < most && tiles * a.layers * blocks * 2 <= limit && slices >= 2 * blocks * kWarps / 2) blocks *= 2;
-  const Layout layout(rows_together<kTokenTiles>(slices, blocks), a.tokens, blocks);
-  const auto kernel = a.gated ? skinny_product_kernel<kTokenTiles, true> : skinny_product_kernel<kTokenTiles, false>;
-  if (layout.bytes() > 48 << 10) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.most_shared_memory);
+  // A tile's rows are shared by more blocks while each multiprocessor has at most one and a half: the next kernel's
+  // blocks are to find room beside them, and while each warp has a slice.
+  int log_blocks = 0;
+  while (2 << log_blocks <= kMostBlocks && tiles * a.layers << (log_blocks + 1) <= device.multiprocessors * 3 / 2 &&
+         slices >= kWarps << (log_blocks + 1)) {
+    ++log_blocks;
   }
-  const dim3 grid(static_cast<unsigned>(tiles * blocks), static_cast<unsigned>(a.outputs));
-  launch(kernel, grid, kThreads, layout.bytes(), stream, blocks, a, blocks);
+  const int blocks = 1 << log_blocks, of_block = (slices + blocks - 1) / blocks * kRows;
+  const Shares shares{log_blocks, slices, std::min(of_block, kChunk<kTokenTiles>)};
+  const Layout layout(shares.rows_together, static_cast<int>(a.tokens), blocks);
+  const auto kernel = a.gated ? skinny_product_kernel<kTokenTiles, true> : skinny_product_kernel<kTokenTiles, false>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, layout.bytes);
+  const dim3 grid(static_cast<unsigned>(tiles << log_blocks), static_cast<unsigned>(a.outputs));
+  launch(kernel, grid, kThreads, layout.bytes, stream, blocks, a, shares);
 }
 
 }  // namespace

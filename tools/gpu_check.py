@@ -345,9 +345,8 @@ def print_table(results: list[dict]) -> None:
     }
     for (drafter, batch, arm), stage in stages.items():
         if (baseline_ms := stages.get((drafter, batch, "draft_model"))) and arm != "draft_model":
-            print(
-                f"{drafter}, batch {batch}: {arm}'s drafting stage {baseline_ms / stage:.2f} times as fast as draft_model's"
-            )
+            ratio = baseline_ms / stage
+            print(f"{drafter}, batch {batch}: {arm}'s drafting stage {ratio:.2f} times as fast as draft_model's")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import platform
 from collections.abc import Callable
 from functools import lru_cache, wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,36 @@ def is_short(x: torch.Tensor) -> bool:
     if x.device.type == "cpu":
         return x.shape[-2] <= FEW_TOKENS[x.dtype]
     return x.dtype is torch.bfloat16 and x.shape[-2] <= FEW_TOKENS_CUDA and x.is_cuda and _has_clusters(x.device)
+
+
+# What a GPU leaves to torch's products, since they were faster there (drafter/products.py): an operator's name, whether
+# it serves several layers at once, and up to how many tokens, a power of two.
+TORCHS_PRODUCTS: set[tuple[str, bool, int]] = set()
+
+
+def serves(arguments: tuple[Any, ...]) -> bool:
+    """Whether the native operator of few tokens can serve a call of this one."""
+    return is_short(arguments[0]) and _are_vectors(arguments)
+
+
+def is_chosen(name: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether the native operator of few tokens serves a call of this one."""
+    x = arguments[0]
+    if not serves(arguments):
+        return False
+    if not (TORCHS_PRODUCTS and x.is_cuda):
+        return True
+    layers = arguments[5] if name == "norm_and_project" else x.shape[0]
+    return (name, layers > 1, 1 << (x.shape[-2] - 1).bit_length()) not in TORCHS_PRODUCTS
+
+
+def arguments(*args: Any) -> tuple[Any, ...]:
+    """What an operator was called with, in place of calling it."""
+    return args
+
+
+def reference_of(name: str) -> Callable:
+    return REFERENCES[getattr(getattr(torch.ops, NAMESPACE), name).default]
 
 
 @lru_cache
@@ -94,8 +124,7 @@ def _operator(
 
         @wraps(reference)
         def choose(*args: P.args, **kwargs: P.kwargs) -> R:
-            is_served = is_short(cast(torch.Tensor, args[0])) and _are_vectors(args)
-            return (operator if is_served else reference)(*args, **kwargs)
+            return (operator if is_chosen(name, args) else reference)(*args, **kwargs)
 
         return choose if of_few_tokens else call
 

@@ -26,6 +26,7 @@ from vllm_easyspec.config import Calibration, ConfigError, PlanTable, RuntimeOpt
 from vllm_easyspec.drafter.model import LayerParallelDrafter
 from vllm_easyspec.drafter.paged_kv import DrafterAttention, PagedKV, UnpagedPass
 from vllm_easyspec.drafter.plan import SCOPES, LayerPlan, Scope
+from vllm_easyspec.drafter.products import choose_products
 from vllm_easyspec.drafter.xformers_attention import choose as choose_attention
 from vllm_easyspec.drafter.xformers_attention import is_chosen
 from vllm_easyspec.drafting import DraftLoop
@@ -339,6 +340,7 @@ class EasySpecSpeculator(DraftModelSpeculator):
             check_attention_backend(layer.attn_backend.get_name(), self.options.grouped_attention)
         if self.options.lookahead is not None:
             self._load_lookahead(model, self.options.lookahead)
+        choose_products(model)
         return model
 
     def _load_lookahead(self, model: LayerParallelDrafter, path: str) -> None:

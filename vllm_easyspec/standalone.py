@@ -42,6 +42,7 @@ from vllm_easyspec.config import OPTIONS_KEY, RuntimeOptions
 from vllm_easyspec.drafter.model import LayerParallelDrafter
 from vllm_easyspec.drafter.paged_kv import PagedKV, PagedPass, Sequences
 from vllm_easyspec.drafter.plan import LayerPlan, Scope
+from vllm_easyspec.drafter.products import choose_products
 from vllm_easyspec.drafter.xformers_attention import choose as choose_attention
 from vllm_easyspec.drafting import DraftLoop
 from vllm_easyspec.graphs import DraftGraphs
@@ -102,6 +103,7 @@ class StandaloneDrafter:
         hf_config.architectures = [plugin.DRAFTER_ARCHITECTURE, *hf_config.architectures]
         with set_current_vllm_config(self.config):
             self.model: LayerParallelDrafter = get_model(vllm_config=self.config, prefix="draft_model")
+            choose_products(self.model)
             attention_group = self._allocate_pages()
         self.pages = PagedKV(list(self.model.attention), attention_group, self.num_blocks, block_size)
         self.precise = LayerPlan.precise(self.model.shape.num_layers)
