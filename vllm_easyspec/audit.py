@@ -39,23 +39,23 @@ def _calibrated_tokens(row: int, runner: GPUModelRunner, speculator: EasySpecSpe
     if not computed:
         return 0, 0
     has_newest = computed >= int(runner.req_states.prefill_len.np[row])
-    tokens = min(computed + has_newest, speculator.max_draft_len)
-    table = runner.block_tables.block_tables[speculator.cache_group].gpu[row : row + 1]
+    tokens = min(computed + has_newest, speculator.runtime.bounds.max_len)
+    table = runner.block_tables.block_tables[0].gpu[row : row + 1]
     last = torch.tensor([computed - 1], device=table.device)
-    read = min(tokens, int(speculator.unread.first_unread(table, last)))
+    read = min(tokens, int(speculator.runtime.unread.first_unread(table, last)))
     return read, tokens - read
 
 
 def _audit_request(request_id: str, row: int, runner: GPUModelRunner, speculator: EasySpecSpeculator) -> AuditedRequest:
-    model, pages = speculator.model, speculator.pages
+    model, pages = speculator.model, speculator.runtime.pages
     tokens, unread = _calibrated_tokens(row, runner, speculator)
     if tokens == 0:
         return AuditedRequest(request_id, tokens, unread, 0.0)
     ids = runner.req_states.all_token_ids.gpu[row, :tokens].to(speculator.device).long()
     oracle = DensePass(tokens, model.shape.sliding_window, speculator.device)
-    model(ids.clamp(max=model.shape.vocab_size - 1), speculator.precise, "attention", oracle)
+    model(ids.clamp(max=model.shape.vocab_size - 1), speculator.precise, oracle)
     blocks = -(-tokens // pages.block_size)
-    table = runner.block_tables.block_tables[speculator.cache_group].gpu[row, :blocks].long()
+    table = runner.block_tables.block_tables[0].gpu[row, :blocks].long()
     differences = [
         _page_difference(layer, pages, table, *oracle.seen[index]) for index, layer in enumerate(pages.layers)
     ]

@@ -27,7 +27,7 @@ from torch import nn
 from vllm_easyspec.config import ConfigError
 from vllm_easyspec.drafter.architectures import DrafterShape
 from vllm_easyspec.drafter.placement import LayerPlacement
-from vllm_easyspec.drafter.plan import LayerPlan
+from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.ops import WHY_NOT_NATIVE, group_features, look_ahead
 
 FORMAT = "vllm_easyspec look-ahead maps, 2"
@@ -104,14 +104,14 @@ class LookaheadFile:
                 )
         return cls(path, metadata["drafter"], reach, rank, hidden, metadata)
 
-    def check_plan(self, plan: LayerPlan) -> None:
+    def check_plan(self, plan: DraftPlan) -> None:
         """Raise `ConfigError` where a group of the plan has layers without maps."""
         for group in plan.groups:
             if group[-1] > self.reach.get(group.start, group.start):
                 raise ConfigError(
                     f"lookahead={self.path!r} has no maps for layers {list(group[1:])} in the group that starts at "
-                    f"layer {group.start} of plan {plan}. Fit them (vllm-easyspec fit --plans {plan}), choose a plan "
-                    "that the file covers, or remove lookahead"
+                    f"layer {group.start} of plan {plan.grouping}. Fit them (vllm-easyspec fit --plans "
+                    f"{plan.grouping}), choose a plan that the file covers, or remove lookahead"
                 )
 
     def check_drafter(self, folder: Path, shape: DrafterShape) -> None:
@@ -128,7 +128,7 @@ class LookaheadFile:
 
 
 def check_lookahead(
-    path: str, model: str, revision: str | None, shape: DrafterShape, plans: Iterable[LayerPlan]
+    path: str, model: str, revision: str | None, shape: DrafterShape, plans: Iterable[DraftPlan]
 ) -> LookaheadFile:
     """Raise `ConfigError` where the file can't serve this drafter and these plans.
 
@@ -141,18 +141,6 @@ def check_lookahead(
     for plan in plans:
         file.check_plan(plan)
     return file
-
-
-def content_hash(path: str) -> str:
-    """Raises `ConfigError` for a file that can't be read."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ConfigError(
-            f"lookahead={path!r} can't be read: {error.strerror}. Give a file that vllm-easyspec fit wrote (a path "
-            "that begins with ./ or ../ in a file counts from that file's folder), or remove it"
-        ) from error
 
 
 def _sizes(reach: Mapping[int, int], rank: int, hidden: int) -> dict[str, tuple[int, ...]]:

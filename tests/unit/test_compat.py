@@ -97,11 +97,11 @@ def test_vllm_serve_takes_dotted_arguments(parser):
 
 @pytest.mark.parametrize("nested", [False, True], ids=["a path", "nested fields"])
 def test_vllm_serve_takes_a_config_file(parser, tmp_path, nested):
-    value = easyspec(layer_parallel={"group_sizes": [1, 8, 1]}) if nested else str(CONFIGS / "tiny-pair.yaml")
+    value = easyspec(layer_parallel={"plan": "1-8-1"}) if nested else str(CONFIGS / "tiny-pair.yaml")
     path = tmp_path / "serve.yaml"
     path.write_text(yaml.safe_dump({"speculative-config": value, "dtype": "float32"}))
     config = serve(parser, "--config", str(path)).create_engine_config()
-    assert str(RuntimeOptions.from_vllm(config).layer_parallel.plan(10)) == ("1-8-1" if nested else "1-4-4-1")
+    assert RuntimeOptions.from_vllm(config).layer_parallel.draft_plan(10).grouping == ("1-8-1" if nested else "1-4-4-1")
 
 
 def test_a_file_of_another_method_reaches_vllm_unchanged(parser, tmp_path):
@@ -221,9 +221,9 @@ def refusal(drafter, target=TARGET, **changes):
     return str(error.value)
 
 
-def test_group_sizes_that_do_not_add_up():
-    message = refusal(DRAFTER, layer_parallel={"group_sizes": [1, 4, 4]})
-    assert message.startswith("layer_parallel.group_sizes=[1, 4, 4] add up to 9, but the drafter has 10 layers")
+def test_a_plan_that_does_not_add_up():
+    message = refusal(DRAFTER, layer_parallel={"plan": "1-4-4"})
+    assert message.startswith("layer_parallel.plan=1-4-4 adds up to 9, but the drafter has 10 layers")
 
 
 def test_an_unsupported_architecture(tmp_path):

@@ -39,13 +39,13 @@ def test_a_sound_pair(capsys):
 
 def test_plans_by_batch_size(capsys, tmp_path):
     path = tmp_path / "table.yaml"
-    table = [{"up_to": 4, "scope": "block", "group_sizes": [1, 8, 1]}, {"group_size": 2}]
+    table = [{"up_to": 4, "scope": "block", "plan": "1-8-1", "num_speculative_tokens": 2}, {"group_size": 2}]
     path.write_text(yaml.safe_dump(easyspec(layer_parallel={"by_batch_size": table})))
     assert main(["doctor", str(path)]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("by batch")]
     assert lines == [
-        "by batch    up to 4: 1-8-1, scope block",
-        "by batch    beyond: 1-2-2-2-2-1, scope attention",
+        "by batch    up to 4: 1-8-1, scope block, K=2",
+        "by batch    beyond: 1-2-2-2-2-1, scope attention, K=4",
     ]
 
 
@@ -70,13 +70,13 @@ def test_a_line_and_exit_code_1_for_what_cannot_work(capsys, tmp_path):
     larger = model_folder(tmp_path / "larger", vocab_size=1024)
     phi = model_folder(tmp_path / "phi", architectures=["PhiForCausalLM"], model_type="phi")
     wrong = tmp_path / "wrong.yaml"
-    wrong.write_text(yaml.safe_dump(easyspec(layer_parallel={"group_sizes": [1, 4, 4]})))
+    wrong.write_text(yaml.safe_dump(easyspec(layer_parallel={"plan": "1-4-4"})))
     for arguments, message in [
         (["nowhere.yaml"], "speculative_config='nowhere.yaml' can't be read"),
         ([json.dumps(easyspec(num_speculative_tokens=0))], "num_speculative_tokens=0 is not allowed"),
         ([json.dumps({"method": "ngram"})], "method='ngram' is not easyspec"),
         ([json.dumps(easyspec(tmp_path / "none"))], "does not exist. Give the drafter's folder"),
-        ([wrong], "group_sizes=[1, 4, 4] add up to 9, but the drafter has 10 layers"),
+        ([wrong], "layer_parallel.plan=1-4-4 adds up to 9, but the drafter has 10 layers"),
         ([TINY, "--drafter", phi], "architectures=['PhiForCausalLM'] is not a drafter that easyspec can run"),
         ([TINY, "--drafter", larger, "--model", TARGET], "vocab_size=1024, the target's vocab_size=512"),
         ([TINY, "--model", tmp_path], f"model='{tmp_path}' can't be read"),

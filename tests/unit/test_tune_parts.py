@@ -3,10 +3,10 @@
 import pytest
 
 from vllm_easyspec.cli import main
-from vllm_easyspec.drafter.plan import LayerPlan
+from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.tune.engine import WARM_ROUNDS, Engine, TunedEngine, Window
 from vllm_easyspec.tune.flights import Flights, Observation, confirmed, in_turn
-from vllm_easyspec.tune.planner import Point, ScopedPlan
+from vllm_easyspec.tune.planner import Point
 from vllm_easyspec.tune.progress import Progress
 
 
@@ -76,11 +76,11 @@ class Recorded(TunedEngine):
 
 
 def test_a_point_is_set_then_warmed_up_then_counted_anew():
-    engine, plan = Recorded(), ScopedPlan(LayerPlan((2, 2)), "block")
+    engine, plan = Recorded(), DraftPlan((2, 2), "block")
     window, stats = engine.measure(Point(plan, 5), lambda: engine.fly(7))
     assert engine.num_drafts_by_batch_size == [5] * 4
     assert engine.calls == [
-        ("easyspec_configure", {"scope": "block", "group_sizes": [2, 2]}),
+        ("easyspec_configure", {"scope": "block", "plan": "2-2"}),
         ("easyspec_capture", {"batch_sizes": [2], "num_speculative_tokens": [5]}),
         ("fly", WARM_ROUNDS),
         ("easyspec_stats", {"reset": True}),

@@ -68,15 +68,14 @@ def speculative_configs(config: EasySpecConfig, baselines: Sequence[str]) -> dic
     """Each arm's `speculative_config`, in the order of a turn."""
     # As the user gave them: easyspec's own defaults for vLLM's fields are no part of the baseline.
     draft_model = config.draft_model()
-    easyspec = draft_model | {"method": "easyspec"} | config.to_json()
+    options = {name: value for name, value in config.to_json().items() if name != "lookahead"}
     one_by_one = {"group_size": 1, "mlp": config.layer_parallel.mlp}
     arms: dict[str, dict[str, Any] | None] = {
         "none": None,
         "draft_model": draft_model,
-        "precise": {name: value for name, value in easyspec.items() if name != "lookahead"}
-        | {"layer_parallel": one_by_one},
+        "precise": draft_model | options | {"method": "easyspec", "layer_parallel": one_by_one},
     }
-    return {name: arm for name, arm in arms.items() if name in baselines} | {"easyspec": easyspec}
+    return {name: arm for name, arm in arms.items() if name in baselines} | {"easyspec": config.to_dict()}
 
 
 def prepare(args: Namespace) -> tuple[EasySpecConfig, Workload, dict[str, Any]]:
@@ -232,6 +231,7 @@ def _engine(name: str, model: str, speculative_config: dict[str, Any] | None, ar
     from vllm.distributed import cleanup_dist_env_and_memory
 
     from vllm_easyspec.bench import step_clock
+    from vllm_easyspec.compat import remove_worker_extension
 
     fixed: dict[str, Any] = dict(
         skip_tokenizer_init=True,
@@ -252,7 +252,7 @@ def _engine(name: str, model: str, speculative_config: dict[str, Any] | None, ar
         del llm
         gc.collect()
         if not envs.VLLM_ENABLE_V1_MULTIPROCESSING:  # its worker was in this process, and so is its memory
-            step_clock.leave_worker_classes()
+            remove_worker_extension(step_clock.StepClock)
             cleanup_dist_env_and_memory()
 
 

@@ -73,7 +73,7 @@ def draft_step(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _plan(row: dict[str, Any]) -> str:
-    return f"{row['scope']}\n{'-'.join(map(str, row['group_sizes']))}"
+    return f"{row['scope']}\n{row['plan']}"
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import VllmConfig
@@ -27,6 +27,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_easyspec.ops import WHY_NOT_NATIVE, advance_draft_inputs, shift_block_table, shift_slots
+
+if TYPE_CHECKING:
+    from vllm_easyspec.drafter.model import Rotate
 
 # Backends whose pages hold a key and then a value, each as it is: `[pages, kv_heads, page tokens, 2 * head_dim]`. Of
 # vLLM's others CPU_ATTN packs keys for its vector units.
@@ -49,7 +52,10 @@ class DrafterAttention(Attention):
 
 @dataclass(frozen=True)
 class Sequences:
-    """The tokens of one pass as paged-attention sequences, before any layer is thought of.
+    """The tokens of one pass as paged-attention sequences: of one layer, or of several by `repeat_layers`.
+
+    Not vLLM's `CommonAttentionMetadata` itself, which `PagedKV.metadata` makes of it for each build: that one caches
+    what builders derive from it, and a copy for more layers, or for the next step, would go on with stale values.
 
     positions: `[tokens] int64`; slots: `[tokens] int64`, -1 where nothing is written; query_start_loc: `[reqs + 1]
     int32` (and on the host); seq_lens: `[reqs] int32`, keys that the last query of a request sees; seq_lens_bound: the
@@ -65,6 +71,25 @@ class Sequences:
     block_table: torch.Tensor
     max_query_len: int
     max_seq_len: int
+
+    def repeat_layers(self, num_layers: int, num_blocks: int, block_size: int) -> "Sequences":
+        """The same tokens in `num_layers` layers, layer by layer. They serve any group of that many.
+
+        num_blocks: cache blocks of one layer, each of `block_size` tokens.
+        """
+        if num_layers == 1:
+            return self
+        tokens = self.positions.shape[0]
+        return replace(
+            self,
+            positions=self.positions.repeat(num_layers),
+            slots=shift_slots(self.slots, num_layers, num_blocks * block_size),
+            query_start_loc=_repeat_starts(self.query_start_loc, num_layers, tokens),
+            query_start_loc_cpu=_repeat_starts(self.query_start_loc_cpu, num_layers, tokens),
+            seq_lens=self.seq_lens.repeat(num_layers),
+            seq_lens_bound=self.seq_lens_bound.repeat(num_layers),
+            block_table=shift_block_table(self.block_table, num_layers, num_blocks),
+        )
 
 
 class PagedKV:
@@ -130,22 +155,6 @@ class PagedKV:
         size = (count * first.shape[0], *first.shape[1:])
         return torch.as_strided(first, size, first.stride(), first.storage_offset())
 
-    def virtual(self, sequences: Sequences, num_layers: int) -> Sequences:
-        """The sequences of `num_layers` layers, layer by layer. They serve any group of that many."""
-        if num_layers == 1:
-            return sequences
-        tokens = sequences.positions.shape[0]
-        return replace(
-            sequences,
-            positions=sequences.positions.repeat(num_layers),
-            slots=shift_slots(sequences.slots, num_layers, self.num_blocks * self.block_size),
-            query_start_loc=_repeat_starts(sequences.query_start_loc, num_layers, tokens),
-            query_start_loc_cpu=_repeat_starts(sequences.query_start_loc_cpu, num_layers, tokens),
-            seq_lens=sequences.seq_lens.repeat(num_layers),
-            seq_lens_bound=sequences.seq_lens_bound.repeat(num_layers),
-            block_table=shift_block_table(sequences.block_table, num_layers, self.num_blocks),
-        )
-
     def metadata(self, sequences: Sequences) -> Any:
         """The attention backend's metadata for virtual sequences; it refers to their tensors."""
         assert self.group is not None
@@ -194,24 +203,17 @@ class PagedPass:
         return self.virtual[num_layers]
 
     def _repeated(self, num_layers: int) -> Sequences:
-        return self.pages.virtual(self.sequences, num_layers)
+        return self.sequences.repeat_layers(num_layers, self.pages.num_blocks, self.pages.block_size)
 
-    def positions_for(self, num_layers: int) -> torch.Tensor:
-        return self._virtual(num_layers)[0].positions
-
-    def plain_cache(self, layers: slice) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        if not self.pages.is_plain:
-            return None, None
-        return self.pages.pages(layers), self._virtual(layers.stop - layers.start)[0].slots
-
-    def attend(
-        self, layers: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stored: bool = False
-    ) -> torch.Tensor:
+    def attend(self, layers: slice, qkv: torch.Tensor, rotate: "Rotate") -> torch.Tensor:
         sequences, metadata = self._virtual(layers.stop - layers.start)
-        layer = self.pages.layers[layers.start]
-        cache = self.pages.pages(layers)
-        if not stored and not layer.attn_backend.forward_includes_kv_cache_update:
-            layer.impl.do_kv_cache_update(layer, k, v, cache, sequences.slots)
+        layer, cache = self.pages.layers[layers.start], self.pages.pages(layers)
+        if self.pages.is_plain:
+            q, k, v = rotate(layers, qkv, sequences.positions, cache, sequences.slots)
+        else:
+            q, k, v = rotate(layers, qkv, sequences.positions)
+            if not layer.attn_backend.forward_includes_kv_cache_update:
+                layer.impl.do_kv_cache_update(layer, k, v, cache, sequences.slots)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         layer.impl.forward(layer, q, k, v, cache, metadata, output=out)
         return out
@@ -301,15 +303,8 @@ class UnpagedPass:
 
     positions: torch.Tensor
 
-    def positions_for(self, num_layers: int) -> torch.Tensor:
-        return self.positions.repeat(num_layers)
-
-    def plain_cache(self, layers: slice) -> tuple[None, None]:
-        return None, None
-
-    def attend(
-        self, layers: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stored: bool = False
-    ) -> torch.Tensor:
+    def attend(self, layers: slice, qkv: torch.Tensor, rotate: "Rotate") -> torch.Tensor:
+        q, _, _ = rotate(layers, qkv, self.positions.repeat(qkv.shape[0]))
         return q.contiguous()
 
 
@@ -330,16 +325,9 @@ class DensePass:
         visible = distance >= 0
         return visible if self.sliding_window is None else visible & (distance < self.sliding_window)
 
-    def positions_for(self, num_layers: int) -> torch.Tensor:
-        assert num_layers == 1, "the audit runs the precise plan"
-        return self.positions
-
-    def plain_cache(self, layers: slice) -> tuple[None, None]:
-        return None, None
-
-    def attend(
-        self, layers: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stored: bool = False
-    ) -> torch.Tensor:
+    def attend(self, layers: slice, qkv: torch.Tensor, rotate: "Rotate") -> torch.Tensor:
+        assert qkv.shape[0] == 1, "precise: one layer after another"
+        q, k, v = rotate(layers, qkv, self.positions)
         self.seen[layers.start] = (k.clone(), v.clone())
         out = torch.nn.functional.scaled_dot_product_attention(
             q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attn_mask=self.mask, enable_gqa=True

@@ -20,6 +20,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from vllm_easyspec.compat import scheduled_drafts
 from vllm_easyspec.config import ConfigError
 from vllm_easyspec.tune.planner import Point
 
@@ -146,20 +147,20 @@ class TunedEngine(Engine):
         most = config["num_speculative_tokens"]
         # Each K is some batch size's, so that whatever vLLM prepares for a K at start (CUDA graphs) is there for all.
         table = [[size, size, most + 1 - size] for size in range(1, most + 2)]
+        plans = {name: value for name, value in (config.get("layer_parallel") or {}).items() if name != "by_batch_size"}
         engine_args = changed(
             engine_args,
-            speculative_config={**config, "num_speculative_tokens_per_batch_size": table},
+            speculative_config={**config, "layer_parallel": plans, "num_speculative_tokens_per_batch_size": table},
             max_num_seqs=max(most + 1, engine_args.max_num_seqs or 1),
         )
         super().__init__(engine_args, in_process=True)
-        self.num_drafts_by_batch_size: list[int] = self.llm.engine_core.engine_core.scheduler.dynamic_sd_lookup
+        self.num_drafts_by_batch_size: list[int] = scheduled_drafts(self.llm)
 
     def use(self, point: Point) -> None:
         """Draft so from the next round on; the worker's counters start anew."""
         self.num_drafts_by_batch_size[:] = [point.num_drafts] * len(self.num_drafts_by_batch_size)
         maps = {} if point.lookahead is None else {"lookahead": point.lookahead}
-        sizes = list(point.plan.plan.group_sizes)
-        self.rpc("easyspec_configure", scope=point.plan.scope, group_sizes=sizes, **maps)
+        self.rpc("easyspec_configure", scope=point.plan.scope, plan=point.plan.grouping, **maps)
         batch_sizes, drafts = [len(self.generated)], [point.num_drafts]
         self.rpc("easyspec_capture", batch_sizes=batch_sizes, num_speculative_tokens=drafts)
 

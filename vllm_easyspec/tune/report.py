@@ -5,7 +5,8 @@ from html import escape
 from typing import Any
 
 from vllm_easyspec.bench.report import machine
-from vllm_easyspec.tune.planner import ScopedPlan, tokens_a_round
+from vllm_easyspec.drafter.plan import DraftPlan
+from vllm_easyspec.tune.planner import tokens_a_round
 from vllm_easyspec.tune.plot import Bar, Mark, Series, bars, scatter
 from vllm_easyspec.tune.tuner import Findings
 
@@ -94,11 +95,11 @@ def _chosen_table(found: Findings) -> str:
     return _table(head, rows, text=(1, 3))
 
 
-def _family(plan: ScopedPlan) -> str:
-    return "precise" if plan.plan.is_precise else plan.scope
+def _family(plan: DraftPlan) -> str:
+    return "precise" if plan.is_precise else plan.scope
 
 
-def _by_family(found: Findings, marks: dict[ScopedPlan, Mark]) -> list[Series]:
+def _by_family(found: Findings, marks: dict[DraftPlan, Mark]) -> list[Series]:
     return [
         Series(name, colour, [mark for plan, mark in marks.items() if _family(plan) == name])
         for name, colour in SCOPE_COLOURS.items()
@@ -118,7 +119,7 @@ def _plan_plots(found: Findings) -> Iterable[str]:
     title = f"Acceptance, mean of positions 1 to {drafts}"
     yield scatter(title, "sequential steps of a fuzzy step", "acceptance", _by_family(found, marks))
     for size in found.times:
-        best: dict[ScopedPlan, tuple[float, int]] = {}
+        best: dict[DraftPlan, tuple[float, int]] = {}
         for point, rate in found.predicted(size).items():
             if point.num_drafts:
                 best[point.plan] = max(best.get(point.plan, (0.0, 0)), (rate, point.num_drafts))
@@ -130,21 +131,21 @@ def _plan_plots(found: Findings) -> Iterable[str]:
         yield scatter(title, "sequential steps of a fuzzy step", "tokens a second", _by_family(found, marks))
 
 
-def _mark(plan: ScopedPlan, y: float, figures: str, chosen: bool, untuned: bool) -> Mark:
-    return Mark(plan.steps, y, f"{plan}: {figures}", chosen, "untuned" if untuned else "")
+def _mark(plan: DraftPlan, y: float, figures: str, chosen: bool, untuned: bool) -> Mark:
+    return Mark(plan.sequential_steps, y, f"{plan}: {figures}", chosen, "untuned" if untuned else "")
 
 
 def _plans_table(found: Findings) -> str:
     rows = [
         [
             str(plan),
-            plan.steps,
+            plan.sequential_steps,
             f"{found.costs[plan]:.3f}" if plan in found.costs else "",
             " ".join(f"{share:.2f}" for share in acceptance),
             f"{tokens_a_round(acceptance, len(acceptance)):.2f}",
             *(f"{times.step[plan]:.2f}" if plan in times.step else "" for times in found.times.values()),
         ]
-        for plan, acceptance in sorted(found.acceptance.items(), key=lambda item: -item[0].steps)
+        for plan, acceptance in sorted(found.acceptance.items(), key=lambda item: -item[0].sequential_steps)
     ]
     steps = [f"step ms at batch {size}" for size in found.times]
     head = "plan", "steps", "score", "acceptance by position", "tokens a round", *steps

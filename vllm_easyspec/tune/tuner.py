@@ -29,13 +29,12 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm_easyspec import support
 from vllm_easyspec.bench.engine import bind_cpus
 from vllm_easyspec.config import ConfigError, EasySpecConfig, load
-from vllm_easyspec.drafter.plan import SCOPES, LayerPlan
+from vllm_easyspec.drafter.plan import SCOPES, DraftPlan
 from vllm_easyspec.tune.engine import WARM_ROUNDS, Engine, Prompt, TunedEngine, Window, changed, running
 from vllm_easyspec.tune.flights import Confirmed, Flights, Observation, Pair, confirmed, in_turn
 from vllm_easyspec.tune.planner import (
     Point,
     Range,
-    ScopedPlan,
     StageTimes,
     best_plans,
     choose,
@@ -80,8 +79,8 @@ class Findings:
     num_layers: int
     untuned: dict[int, Point]  # by batch size
     by_wall: bool  # whether choices rest on wall-clock rates, or on those of the stages alone
-    costs: dict[ScopedPlan, float] = field(default_factory=dict)  # the scores of the searched plans
-    acceptance: dict[ScopedPlan, list[float]] = field(default_factory=dict)  # by position
+    costs: dict[DraftPlan, float] = field(default_factory=dict)  # the scores of the searched plans
+    acceptance: dict[DraftPlan, list[float]] = field(default_factory=dict)  # by position
     correction: dict[int, float] = field(default_factory=dict)  # by K, see `planner.py`
     same_answers: bool | None = None  # of all plans, token for token; None where answers are sampled
     times: dict[int, StageTimes] = field(default_factory=dict)  # by batch size
@@ -217,7 +216,7 @@ class Tuner:
                 f"{self.flights.longest} are needed. Give more, or less prompt_tokens, new_tokens or batch sizes"
             )
 
-    def _search(self, engine: TunedEngine) -> list[ScopedPlan]:
+    def _search(self, engine: TunedEngine) -> list[DraftPlan]:
         """The untuned plans, the precise one, and the best for each number of steps, the most promising first."""
         sums: dict[Any, dict[tuple[int, int], float]] = {scope: defaultdict(float) for scope in SCOPES}
         prompts = [prompt["prompt_token_ids"][:SCORED_TOKENS] for prompt in self.settings.prompts[:SCORED_PROMPTS]]
@@ -229,14 +228,14 @@ class Tuner:
             scored += 1
         for scope in SCOPES:
             costs = {group: total / scored for group, total in sums[scope].items()}
-            for plan in best_plans(self.found.num_layers, costs):
+            for plan in best_plans(self.found.num_layers, costs, scope):
                 if not plan.is_precise:
-                    self.found.costs[ScopedPlan(plan, scope)] = plan_cost(plan, costs)
-        precise = ScopedPlan(LayerPlan.precise(self.found.num_layers), "attention")
+                    self.found.costs[plan] = plan_cost(plan, costs)
+        precise = DraftPlan.precise(self.found.num_layers)
         searched = most_promising(list(self.found.costs), self.found.costs, self.settings.most_plans)
         return list(dict.fromkeys([*(point.plan for point in self.found.untuned.values()), precise, *searched]))
 
-    def _measure_acceptance(self, engine: TunedEngine, plans: list[ScopedPlan]) -> None:
+    def _measure_acceptance(self, engine: TunedEngine, plans: list[DraftPlan]) -> None:
         expected = None
         params = self.flights.params.clone()
         params.max_tokens = self.settings.new_tokens
@@ -296,7 +295,7 @@ class Tuner:
         smaller: list[Point] = []
         for size in self.found.times:
             rates = self.found.predicted(size)
-            fastest: dict[ScopedPlan, Point] = {}  # each plan's best K
+            fastest: dict[DraftPlan, Point] = {}  # each plan's best K
             for point in sorted((p for p in rates if p.num_drafts), key=lambda point: rates[point], reverse=True):
                 fastest.setdefault(point.plan, point)
             best = list(fastest.values())[:CONFIRMED]
@@ -334,15 +333,7 @@ class Tuner:
 
 def configured(config: EasySpecConfig, batch_size: int, num_layers: int) -> Point:
     """What a configuration does at a batch size."""
-    layer_parallel, k = config.layer_parallel, config.num_speculative_tokens
-    plan, scope = layer_parallel.plan(num_layers), layer_parallel.scope
-    for up_to, *entry in reversed(layer_parallel.plan_table(num_layers)):
-        if up_to is None or batch_size <= up_to:
-            plan, scope = entry  # type: ignore[assignment]
-    for first, _, drafts in sorted(config.num_speculative_tokens_per_batch_size or []):
-        if first <= batch_size:
-            k = min(drafts, config.num_speculative_tokens)
-    return Point(ScopedPlan(plan, scope), k)
+    return Point(config.layer_parallel.plan_table(num_layers).at(batch_size), config.k_at(batch_size))
 
 
 def _stage_times(seen: dict[Point, list[Observation]], most_drafts: int) -> StageTimes:
