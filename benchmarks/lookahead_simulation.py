@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from vllm_easyspec.drafter.plan import SCOPES, LayerPlan
-from vllm_easyspec.lookahead import known_features, rms_scaled
+from vllm_easyspec.lookahead import input_features, rms_scaled
 from vllm_easyspec.tune.fit import Moments, cut
 
 PROMPT, NEW, LENGTH = 64, 64, 256  # tokens of a prompt, written after it, and of a sequence of the fit
@@ -120,7 +120,7 @@ class Variant:
     def known(self, h: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
         """What every map of a group with input h reads; f: the last token's final hidden state."""
         if self.bent:
-            return known_features(h, f)
+            return input_features(h, f)
         return torch.cat([rms_scaled(h), f], dim=-1) if self.previous else rms_scaled(h)
 
 

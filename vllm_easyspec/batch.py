@@ -18,7 +18,7 @@ class DraftBatch:
 
     num_reqs: int
     num_drafts: int  # K of this round, 0 included
-    idx_mapping: torch.Tensor  # [reqs] int64: the request's row in vLLM's request state; -1 in a dummy batch
+    idx_mapping: torch.Tensor  # [reqs] int64: the request's index in vLLM's request state; -1 in a dummy batch
     input_ids: torch.Tensor  # [tokens] int32: what the target just read, rejected drafts included
     query_starts: torch.Tensor  # [reqs] int64: a request's first token in input_ids
     start_positions: torch.Tensor  # [reqs] int64: and its position
@@ -29,7 +29,7 @@ class DraftBatch:
     query_lens: np.ndarray  # [reqs] int32, host: tokens that the target read
     prefilling: np.ndarray  # [reqs] bool, host
     seq_lens_bound: np.ndarray  # [reqs] int32, host: upper bound on sequence lengths, this step's tokens included
-    dummy: bool  # warm-up: rows own no pages
+    dummy: bool  # warm-up: requests own no pages
 
     @classmethod
     def from_vllm(
@@ -42,7 +42,7 @@ class DraftBatch:
         num_drafts: int,
         dummy: bool,
     ) -> "DraftBatch":
-        """num_rejected, num_sampled: `[reqs]`; last_sampled: `[max_reqs, 1]` by request state row."""
+        """num_rejected, num_sampled: `[reqs]`; last_sampled: `[max_reqs, 1]`, by index in vLLM's request state."""
         reqs = batch.num_reqs
         starts = batch.query_start_loc[: reqs + 1].long()
         idx_mapping = batch.idx_mapping[:reqs]

@@ -19,7 +19,7 @@ from vllm_easyspec.drafter.paged_kv import DecodePass, PagedKV, PagedPass
 from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.graphs import DraftGraph, DraftGraphs
 from vllm_easyspec.metrics import PassCounters
-from vllm_easyspec.unread import Span
+from vllm_easyspec.uncalibrated import Span
 
 # Samples draft `index` of the first `num_reqs` requests: (index, hidden states, positions, num_reqs, test_room).
 # test_room: some position may lie beyond the drafter's context, where there is nothing to sample.
@@ -60,9 +60,9 @@ class DraftLoop:
 
     def calibrate(self, batch: DraftBatch, test_room: bool = False, ablation: DraftPlan | None = None) -> None:
         """One precise pass over the new tokens, then draft 1. ablation: a plan for the generated ones instead."""
-        self.positions[batch.num_reqs :] = -1  # rows that a draft graph may add
+        self.positions[batch.num_reqs :] = -1  # requests that may pad a draft graph
         self.live[batch.num_reqs :] = False
-        # Padding rows may reach past the longest request, hence the further columns.
+        # Padding tokens may reach past the longest request, hence the further columns.
         further = 1 + self.draft_tokens.shape[1] // self.pages.block_size
         batch = replace(batch, block_table=torch.nn.functional.pad(batch.block_table, (0, further)))
         step = self.calibration.plan(batch)
@@ -78,7 +78,7 @@ class DraftLoop:
         self._first_draft(batch, step, hidden, test_room)
 
     def catch_up(self, batch: DraftBatch, spans: Sequence[Span], token_ids: torch.Tensor) -> torch.Tensor:
-        """Read tokens of earlier rounds precisely. Returns their slots. token_ids: by request state row."""
+        """Read tokens of earlier rounds precisely. Returns their slots. token_ids: as in `catching_up`."""
         input_ids, sequences = self.calibration.catching_up(batch, spans, token_ids)
         self.model(input_ids, self.precise, PagedPass(self.pages, sequences))
         return sequences.slots
@@ -111,7 +111,7 @@ class DraftLoop:
 
     def _pass(self, step: CalibrationStep, plan: DraftPlan) -> torch.Tensor:
         """Hidden states of the newest tokens, `[reqs, hidden]`."""
-        return self.model(step.input_ids, plan, PagedPass(self.pages, step.sequences))[step.newest_rows]
+        return self.model(step.input_ids, plan, PagedPass(self.pages, step.sequences))[step.newest_indices]
 
     def _first_draft(self, batch: DraftBatch, step: CalibrationStep, hidden: torch.Tensor, test_room: bool) -> None:
         self.positions[: batch.num_reqs] = step.newest_positions

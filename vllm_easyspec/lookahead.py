@@ -217,8 +217,8 @@ class LookaheadMaps(nn.Module):
 
     def of_group(self, start: int, h: torch.Tensor, previous: torch.Tensor) -> "GroupLookahead":
         """For a group from layer `start` on with input h; previous: the final hidden states of the tokens before."""
-        known = group_features(h, previous, EPS)
-        return GroupLookahead(self.attention[start], self.mlp[start], h, known, start in self.own_layers)
+        features = group_features(h, previous, EPS)
+        return GroupLookahead(self.attention[start], self.mlp[start], h, features, start in self.own_layers)
 
 
 @dataclass(slots=True)
@@ -228,7 +228,7 @@ class GroupLookahead:
     attention: StackedMaps
     mlp: StackedMaps
     h: torch.Tensor  # [tokens, hidden]
-    known: torch.Tensor  # [tokens, 4 * hidden]
+    features: torch.Tensor  # [tokens, 4 * hidden]
     owns_first: bool  # whether the attention of the group's first layer is this rank's
 
     def attention_inputs(self, layers: int) -> torch.Tensor:
@@ -242,10 +242,10 @@ class GroupLookahead:
         return self._corrected(self.mlp, prefixes, prefixes.shape[0], True)
 
     def _corrected(self, maps: StackedMaps, x: torch.Tensor, layers: int, first: bool) -> torch.Tensor:
-        return look_ahead(x, self.known, maps.down, maps.up, maps.bias, layers, first, EPS)
+        return look_ahead(x, self.features, maps.down, maps.up, maps.bias, layers, first, EPS)
 
 
-def known_features(h: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+def input_features(h: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
     """What every map of a group reads of its input and of the token before: `[..., hidden]` to `[..., 4 * hidden]`."""
     return group_features(h.flatten(0, -2), previous.flatten(0, -2), EPS).unflatten(0, h.shape[:-1])
 

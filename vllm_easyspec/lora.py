@@ -24,5 +24,5 @@ class VerifyingLoraState(LoraState):
     ) -> tuple[tuple[int, ...], tuple[int, ...], set[LoRARequest]]:
         """The adapters of rows of logits, of tokens, and all that are active."""
         of_requests, of_tokens, active = super().make_lora_inputs(req_ids, idx_mapping, num_scheduled_tokens)
-        rows = [1 + len(self.drafts.get(req_id, ())) for req_id in req_ids]
-        return tuple(np.repeat(of_requests, rows)), of_tokens, active
+        num_logits = [1 + len(self.drafts.get(req_id, ())) for req_id in req_ids]
+        return tuple(np.repeat(of_requests, num_logits)), of_tokens, active

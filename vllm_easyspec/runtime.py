@@ -29,7 +29,7 @@ from vllm_easyspec.metrics import DraftStatistics
 from vllm_easyspec.plugin import DRAFTER_ARCHITECTURE
 from vllm_easyspec.settings import DraftSettings, LiveSettings
 from vllm_easyspec.support import check_attention_backend
-from vllm_easyspec.unread import UnreadBlocks
+from vllm_easyspec.uncalibrated import UncalibratedBlocks
 
 logger = init_logger("vllm.easyspec")
 
@@ -71,7 +71,7 @@ class DrafterRuntime:
         self.bounds = bounds
         self.statistics = statistics
         device = statistics.device
-        self.unread = UnreadBlocks(pages.num_blocks, pages.block_size, bounds.max_len, device)
+        self.uncalibrated = UncalibratedBlocks(pages.num_blocks, pages.block_size, bounds.max_len, device)
         # Weak: vLLM drops its managers after memory profiling, and means to have their memory back.
         self._graphs = None if graphs is None else weakref.ref(graphs)
 
@@ -119,14 +119,14 @@ class DrafterRuntime:
         )
 
     def catch_up(self, batch: DraftBatch, req_ids: Sequence[str], budget: int, token_ids: torch.Tensor) -> None:
-        """Read what paused rounds left unread, about `budget` tokens of it.
+        """Calibrate what paused rounds left uncalibrated, about `budget` tokens of it.
 
         token_ids: `[max reqs, positions] int32`, of each request in vLLM's request state.
         """
-        spans = self.unread.spans_to_read(batch, req_ids, budget)
+        spans = self.uncalibrated.spans_to_calibrate(batch, req_ids, budget)
         if spans:
             self.model.counters = self.statistics.stages["calibrate"]
-            self.unread.have_read(self.loop.catch_up(batch, spans, token_ids))
+            self.uncalibrated.mark_calibrated(self.loop.catch_up(batch, spans, token_ids))
             self.statistics.caught_up_tokens += sum(span.end - span.begin for span in spans)
 
     # ---- graphs ----

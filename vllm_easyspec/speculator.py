@@ -100,11 +100,11 @@ class EasySpecSpeculator(DraftModelSpeculator):
             clock.stop("verify")
             self._count(batch, input_batch)
         if self._is_paused(batch):
-            runtime.unread.pause(batch)
+            runtime.uncalibrated.pause(batch)
             return self.draft_tokens[: batch.num_reqs].fill_(FILLER)
 
         clock.start("calibrate")
-        if runtime.unread.any and not batch.dummy:
+        if runtime.uncalibrated.any and not batch.dummy:
             budget = self.scheduler_config.max_num_batched_tokens
             runtime.catch_up(batch, input_batch.req_ids, budget, self.token_ids)
         runtime.calibrate(batch, settings)

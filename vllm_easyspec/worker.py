@@ -54,7 +54,7 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
         self.speculator.statistics.clock.start("verify")
         self.model_runner.lora_state.drafts = scheduler_output.scheduled_spec_decode_tokens
         if scheduler_output.kv_cache_block_copies:
-            self.speculator.runtime.unread.copied(scheduler_output.kv_cache_block_copies)
+            self.speculator.runtime.uncalibrated.copied(scheduler_output.kv_cache_block_copies)
         return super().execute_model(scheduler_output)
 
     def easyspec_stats(self, reset: bool = False) -> dict:

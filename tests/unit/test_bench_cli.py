@@ -196,7 +196,7 @@ def test_lossy_float32_run_fails_and_keeps_its_result(capsys, monkeypatch, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--plans", "1-8-1", "1-4-4"], "--plans=1-4-4 adds up to 9"),
+        (["--plans", "1-8-1", "1-4-4"], "--plans=1-4-4: the group sizes add up to 9"),
         (["--json", "no/such/folder.json"], "there is no folder no/such. Make it"),
         (["--drafter", "./nowhere"], "./nowhere"),
         (["--context", "256,2020"], "--context 2020 is more than 2016, for which the drafter has room"),

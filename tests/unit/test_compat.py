@@ -223,7 +223,7 @@ def refusal(drafter, target=TARGET, **changes):
 
 def test_a_plan_that_does_not_add_up():
     message = refusal(DRAFTER, layer_parallel={"plan": "1-4-4"})
-    assert message.startswith("layer_parallel.plan=1-4-4 adds up to 9, but the drafter has 10 layers")
+    assert message.startswith("layer_parallel.plan=1-4-4: the group sizes add up to 9, but the drafter has 10 layers")
 
 
 def test_an_unsupported_architecture(tmp_path):

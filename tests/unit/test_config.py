@@ -122,7 +122,7 @@ def test_a_table_of_plans():
     ).layer_parallel
     found = [(entry.up_to, str(entry.plan)) for entry in layer_parallel.plan_table(10).ranges]
     assert found == [(2, "block 1-4-4-1"), (4, "attention 1-4-4-1"), (None, "attention 1-3-3-2-1")]
-    with pytest.raises(ConfigError, match=r"^layer_parallel.by_batch_size\[0\].plan=1-4-4-1 adds up to 10, but"):
+    with pytest.raises(ConfigError, match=r"^layer_parallel.by_batch_size\[0\].plan=1-4-4-1: .* add up to 10"):
         layer_parallel.plan_table(12)
 
 
@@ -355,7 +355,7 @@ def test_refused_fields_give_reason_and_remedy(name):
 def test_group_sizes_must_add_up_to_the_drafters_layers():
     plan = EasySpecConfig.parse(easyspec(layer_parallel={"group_sizes": [1, 4, 4]})).layer_parallel
     with pytest.raises(
-        ConfigError, match="^layer_parallel.group_sizes=1-4-4 adds up to 9, but the drafter has 10 layers. Make"
+        ConfigError, match="^layer_parallel.group_sizes=1-4-4: .* add up to 9, but the drafter has 10 layers. Make"
     ):
         plan.draft_plan(10)
 

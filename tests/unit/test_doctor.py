@@ -76,7 +76,7 @@ def test_a_line_and_exit_code_1_for_what_cannot_work(capsys, tmp_path):
         ([json.dumps(easyspec(num_speculative_tokens=0))], "num_speculative_tokens=0 is not allowed"),
         ([json.dumps({"method": "ngram"})], "method='ngram' is not easyspec"),
         ([json.dumps(easyspec(tmp_path / "none"))], "does not exist. Give the drafter's folder"),
-        ([wrong], "layer_parallel.plan=1-4-4 adds up to 9, but the drafter has 10 layers"),
+        ([wrong], "layer_parallel.plan=1-4-4: the group sizes add up to 9, but the drafter has 10 layers"),
         ([TINY, "--drafter", phi], "architectures=['PhiForCausalLM'] is not a drafter that easyspec can run"),
         ([TINY, "--drafter", larger, "--model", TARGET], "vocab_size=1024, the target's vocab_size=512"),
         ([TINY, "--model", tmp_path], f"model='{tmp_path}' can't be read"),

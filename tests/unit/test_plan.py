@@ -60,7 +60,7 @@ def test_sequential_steps_are_the_definition():
 
 
 def test_sizes_that_do_not_add_up_are_refused():
-    with pytest.raises(ValueError, match=r"^plan=1-4 adds up to 5, but the drafter has 10 layers"):
+    with pytest.raises(ValueError, match=r"^plan=1-4: the group sizes add up to 5, but the drafter has 10 layers"):
         DraftPlan.of_sizes(10, [1, 4])
 
 

@@ -30,7 +30,7 @@ def test_a_plan_holds_for_all_batch_sizes_until_it_is_restored():
 
 WRONG = {
     "scope": ({"scope": "mlp"}, "^scope='mlp' is not one of attention, block$"),
-    "layers": ({"plan": "1-4"}, "^plan=1-4 adds up to 5, but the drafter has 4 layers"),
+    "layers": ({"plan": "1-4"}, "^plan=1-4: the group sizes add up to 5, but the drafter has 4 layers"),
     "text": ({"plan": "1-x"}, "^plan='1-x' is not a plan"),
     "a group of none": ({"plan": [4, 0]}, "at least one group, each of at least 1 layer"),
     "K": ({"num_drafts": 6}, "^num_speculative_tokens=6 is not one of 1, 2, 3, 4, 5$"),

@@ -1,8 +1,8 @@
 """Made-up findings of a tuning run, for the report's tests."""
 
 from vllm_easyspec.drafter.plan import DraftPlan
-from vllm_easyspec.tune.flights import Confirmed
 from vllm_easyspec.tune.planner import Point, StageTimes, predicted_rate, tokens_a_round
+from vllm_easyspec.tune.trials import Confirmed
 from vllm_easyspec.tune.tuner import Findings
 
 SIZES = (1, 4, 16)

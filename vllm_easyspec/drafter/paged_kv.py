@@ -5,7 +5,8 @@ request means page `b` of every layer, the target's and the drafter's. A rank ho
 on it. What is in a drafter page: precise K/V for every position up to a request's newest token once a round's
 calibration has run, and fuzzy K/V for at most K-1 positions above it, which the next calibration overwrites or which
 no one reads. A page that vLLM shares through prefix caching holds only positions that calibration has passed. Where
-rounds of K = 0 were paused, pages are behind; their blocks are marked and read before the next draft (`unread.py`).
+rounds of K = 0 were paused, pages are behind; their blocks are marked, and read before the next draft
+(`uncalibrated.py`).
 
 The virtual batch. vLLM lays the pages of layers with one spec out one layer after another, with one stride. So the
 pages of a rank's layers `s .. s+G-1` are one row of `G * num_blocks` pages that starts at layer `s`, and `G` layers
@@ -178,7 +179,8 @@ class PagedKV:
         )
         is_long = sequences.max_query_len > 1 and sequences.positions.shape[0] > self.captured_tokens
         if is_long and hasattr(metadata, "max_num_splits"):
-            metadata.max_num_splits = 0  # FlashAttention 3: a buffer of all rows for each split that a graph may need
+            # FlashAttention 3 would take a buffer of all queries for each split that a graph may need.
+            metadata.max_num_splits = 0
         return metadata
 
 
@@ -236,7 +238,7 @@ class DecodePass(PagedPass):
         max_len: int,
         max_seq_len: int,
     ):
-        """positions: `[reqs] int64`, of the tokens read last, -1 in rows that pad the batch; live: `[reqs]
+        """positions: `[reqs] int64`, of the tokens read last, -1 of requests that pad the batch; live: `[reqs]
         bool`, requests that write and read pages; block_table: `[reqs, width] int32`; num_layers: this rank's share of
         the largest group; max_len: positions that the drafter may hold; max_seq_len: bound on the loop's positions.
         """
@@ -284,16 +286,16 @@ class DecodePass(PagedPass):
                 self.builder.update_draft_decode_metadata(metadata)
 
     def _repeated(self, num_layers: int) -> Sequences:
-        of_all, rows = self.all_layers, num_layers * self.positions.shape[0]
+        of_all, count = self.all_layers, num_layers * self.positions.shape[0]
         return replace(
             of_all,
-            positions=of_all.positions[:rows],
-            slots=of_all.slots[:rows],
-            query_start_loc=of_all.query_start_loc[: rows + 1],
-            query_start_loc_cpu=of_all.query_start_loc_cpu[: rows + 1],
-            seq_lens=of_all.seq_lens[:rows],
-            seq_lens_bound=of_all.seq_lens_bound[:rows],
-            block_table=of_all.block_table[:rows],
+            positions=of_all.positions[:count],
+            slots=of_all.slots[:count],
+            query_start_loc=of_all.query_start_loc[: count + 1],
+            query_start_loc_cpu=of_all.query_start_loc_cpu[: count + 1],
+            seq_lens=of_all.seq_lens[:count],
+            seq_lens_bound=of_all.seq_lens_bound[:count],
+            block_table=of_all.block_table[:count],
         )
 
 

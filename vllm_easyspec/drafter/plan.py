@@ -84,8 +84,8 @@ class DraftPlan:
         plan = cls(tuple(group_sizes), scope)
         if plan.num_layers != num_layers:
             raise ValueError(
-                f"{name}={plan.grouping} adds up to {plan.num_layers}, but the drafter has {num_layers} layers. Make "
-                f"the group sizes add up to {num_layers}, or give group_size instead"
+                f"{name}={plan.grouping}: the group sizes add up to {plan.num_layers}, but the drafter has "
+                f"{num_layers} layers. Make them add up to {num_layers}, or give group_size instead"
             )
         return plan
 

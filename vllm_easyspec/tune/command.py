@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> str:
         config=args.config,
         prompts=[{"prompt_token_ids": ids} for ids in prompts],
         batch_sizes=_batch_sizes(args.batch_sizes),
-        most_drafts=args.max_drafts,
+        max_drafts=args.max_drafts,
         most_plans=args.plans,
         largest_group=args.max_group,
         new_tokens=args.new_tokens,

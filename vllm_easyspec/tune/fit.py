@@ -33,7 +33,7 @@ from vllm_easyspec.lookahead import (
     PARTS,
     LookaheadMaps,
     drafter_identity,
-    known_features,
+    input_features,
     rms_scaled,
     write_maps,
 )
@@ -339,7 +339,7 @@ class Fit:
                 continue
             h, p = drafting.x(g, BATCH)[:, steps], drafting.prefix(g, i, BATCH)[:, steps]
             x, q = precise.x(i, BATCH)[:, steps], precise.prefix(i, i, BATCH)[:, steps]
-            features = torch.cat([known_features(h, previous), rms_scaled(p)], dim=-1)
+            features = torch.cat([input_features(h, previous), rms_scaled(p)], dim=-1)
             missing = torch.cat([x - h, q - p], dim=-1)
             if (g, i) not in moments:
                 moments[g, i] = PairMoments.empty(self.hidden, h.device)

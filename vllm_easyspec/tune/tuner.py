@@ -4,7 +4,7 @@
    steps (`planner.py`), in both scopes.
 2. *acceptance*: the most promising plans answer all prompts at the largest K; acceptance by position says what any
    smaller K would yield.
-3. *times*: requests in flight, plans and K taking turns: calibrate, fuzzy step and verify at each batch size.
+3. *times*: requests in trial, plans and K taking turns: calibrate, fuzzy step and verify at each batch size.
 4. *confirm*: the plans that 2 and 3 predict to be fastest, each at its best K, the untuned configuration and K = 0
    draft for the same prompts in turn, each at its own K.
 5. *climb*: from the fastest of these to one draft more or less, as long as that is faster still. The fastest of all is
@@ -31,7 +31,6 @@ from vllm_easyspec.bench.engine import bind_cpus
 from vllm_easyspec.config import ConfigError, EasySpecConfig, load
 from vllm_easyspec.drafter.plan import SCOPES, DraftPlan
 from vllm_easyspec.tune.engine import WARM_ROUNDS, Engine, Prompt, TunedEngine, Window, changed, running
-from vllm_easyspec.tune.flights import Confirmed, Flights, Observation, Pair, confirmed, in_turn
 from vllm_easyspec.tune.planner import (
     Point,
     Range,
@@ -45,6 +44,7 @@ from vllm_easyspec.tune.planner import (
     tokens_a_round,
 )
 from vllm_easyspec.tune.progress import Progress
+from vllm_easyspec.tune.trials import Confirmed, Observation, Pair, Trials, confirmed, in_turn
 
 SCORED_PROMPTS, SCORED_TOKENS = 8, 128
 CONFIRMED = 3  # plans at each batch size, beside the untuned one and K = 0
@@ -60,7 +60,7 @@ class Settings:
     config: Path
     prompts: list[Prompt]
     batch_sizes: list[int]  # ascending
-    most_drafts: int | None = None  # the largest K tried; by itself the configuration's, or 8 if that is less
+    max_drafts: int | None = None  # the largest K tried; by itself the configuration's, or 8 if that is less
     most_plans: int = 12  # whose acceptance is measured, beside the untuned and the precise plan
     largest_group: int = 8
     new_tokens: int = 64  # answered to each prompt where acceptance and rates are measured
@@ -154,18 +154,18 @@ class Tuner:
         self.config = EasySpecConfig.parse(settings.config)
         self.config.check_model()
         least = max(2, self.config.num_speculative_tokens)  # the configuration is measured too
-        self.most_drafts = settings.most_drafts or max(8, least)
-        if self.most_drafts < least:
-            raise ConfigError(f"max_drafts={self.most_drafts} is not allowed. Give at least {least}")
+        self.max_drafts = settings.max_drafts or max(8, least)
+        if self.max_drafts < least:
+            raise ConfigError(f"max_drafts={self.max_drafts} is not allowed. Give at least {least}")
         shape = support.read_drafter(self.config.model, self.config.revision, self.config.code_revision)
         untuned = {size: configured(self.config, size, shape.num_layers) for size in settings.batch_sizes}
         by_wall = settings.by_wall if settings.by_wall is not None else not current_platform.is_cpu()
         self.found = Findings(shape.num_layers, untuned, by_wall)
         largest = max(settings.batch_sizes)
-        self.flights = Flights(settings.prompts, largest, self.most_drafts, settings.new_tokens, settings.temperature)
+        self.trials = Trials(settings.prompts, largest, self.max_drafts, settings.new_tokens, settings.temperature)
         bind_cpus(engine_args.tensor_parallel_size)
         self.engine_args = changed(engine_args, max_num_seqs=largest, disable_log_stats=True, use_tqdm_on_load=False)
-        self.observed: dict[tuple[int, Point], list[Pair]] = defaultdict(list)  # in flight, by batch size
+        self.observed: dict[tuple[int, Point], list[Pair]] = defaultdict(list)  # in trial, by batch size
         self.progress = Progress(settings.time_budget)
         self.found.unfinished = self.progress.unfinished
 
@@ -173,7 +173,7 @@ class Tuner:
 
     def tune(self) -> Findings:
         """Phases 1 to 5. Ends early where time runs out or the user interrupts; `Findings.unfinished` says where."""
-        config = load(self.settings.config) | {"num_speculative_tokens": self.most_drafts}
+        config = load(self.settings.config) | {"num_speculative_tokens": self.max_drafts}
         try:
             with running(TunedEngine(changed(self.engine_args, speculative_config=config))) as engine:
                 self.start_seconds = self.progress.now() - self.progress.began
@@ -210,10 +210,10 @@ class Tuner:
             self.progress.interrupt()
 
     def _check_room(self, max_model_len: int) -> None:
-        if self.flights.longest > max_model_len:
+        if self.trials.longest > max_model_len:
             raise ConfigError(
                 f"max_model_len={max_model_len} is too short for what is measured after a prompt: "
-                f"{self.flights.longest} are needed. Give more, or less prompt_tokens, new_tokens or batch sizes"
+                f"{self.trials.longest} are needed. Give more, or less prompt_tokens, new_tokens or batch sizes"
             )
 
     def _search(self, engine: TunedEngine) -> list[DraftPlan]:
@@ -237,16 +237,16 @@ class Tuner:
 
     def _measure_acceptance(self, engine: TunedEngine, plans: list[DraftPlan]) -> None:
         expected = None
-        params = self.flights.params.clone()
+        params = self.trials.params.clone()
         params.max_tokens = self.settings.new_tokens
-        self.found.correction = {0: 1.0, self.most_drafts: 1.0}
-        points = [Point(plan, self.most_drafts) for plan in plans]
+        self.found.correction = {0: 1.0, self.max_drafts: 1.0}
+        points = [Point(plan, self.max_drafts) for plan in plans]
         points[1:1] = [Point(plans[0], k) for k in self._fewer_drafts() if k]
         for point in self.progress.within("acceptance", points):
             engine.use(point)
             answers = engine.answer(self.settings.prompts, params)
             stats = engine.rpc("easyspec_stats")
-            if point.num_drafts == self.most_drafts:
+            if point.num_drafts == self.max_drafts:
                 self.found.acceptance[point.plan] = stats["acceptance"]
             else:
                 by_acceptance = tokens_a_round(self.found.acceptance[point.plan], point.num_drafts)
@@ -257,10 +257,10 @@ class Tuner:
 
     def _fewer_drafts(self) -> list[int]:
         """The K, beside the largest, at which figures that depend on K are measured; others lie between."""
-        return sorted({0, 1, 2, self.most_drafts // 2} - {self.most_drafts})
+        return sorted({0, 1, 2, self.max_drafts // 2} - {self.max_drafts})
 
     def _measure_times(self, engine: TunedEngine) -> None:
-        most = self.most_drafts
+        most = self.max_drafts
         plans = list(self.found.acceptance)
         points = [Point(plan, most) for plan in plans]
         points += [Point(plans[0], k) for k in self._fewer_drafts()]
@@ -268,26 +268,26 @@ class Tuner:
         sweeps = [(turn, size) for turn in range(self.settings.turns) for size in self.settings.batch_sizes]
 
         def go_on() -> Window:
-            return engine.fly(self.settings.rounds)
+            return engine.run_rounds(self.settings.rounds)
 
         for turn, size in self.progress.within("times", sweeps):
-            engine.land()
+            engine.abort_requests()
             for point in in_turn(points, turn):
                 self._make_room(engine, size, turn)
                 seen[size, point].append(Observation.of(*engine.measure(point, go_on)))
             self.found.times[size] = _stage_times({point: seen[size, point] for point in points}, most)
 
     def _make_room(self, engine: TunedEngine, size: int, turn: int) -> None:
-        """Put requests in flight where none are, or where one could end within the next measurement."""
-        next_takes = (WARM_ROUNDS + self.settings.rounds) * (self.most_drafts + 1)
-        if not engine.generated or max(engine.generated.values()) + next_takes >= self.flights.params.max_tokens:
-            engine.take_off(self.flights.batch(size, turn), self.flights.params)
+        """Put requests in trial where none are, or where one could end within the next measurement."""
+        next_takes = (WARM_ROUNDS + self.settings.rounds) * (self.max_drafts + 1)
+        if not engine.generated or max(engine.generated.values()) + next_takes >= self.trials.params.max_tokens:
+            engine.start_requests(self.trials.batch(size, turn), self.trials.params)
 
     def _confirm(self, engine: TunedEngine) -> None:
         points = self._worth_confirming()
         turns = [(turn, size) for turn in range(self.settings.turns) for size in self.found.times]
         for turn, size in self.progress.within("confirm", turns):
-            self._fly(engine, size, points[size], turn)
+            self._run_trials(engine, size, points[size], turn)
 
     def _worth_confirming(self) -> dict[int, list[Point]]:
         """By batch size: plans predicted to be fastest, the smaller size's best, the untuned one and K = 0."""
@@ -305,16 +305,16 @@ class Tuner:
         return points
 
     def _climb(self, engine: TunedEngine) -> None:
-        """The fastest point flies again beside its neighbours."""
+        """The fastest point is tried again beside its neighbours."""
         for _, size in self.progress.within("climb", list(product(range(CLIMBS), self.found.confirmed)), minimum=0):
             if points := self.found.neighbours(size):
                 for turn in range(self.settings.turns):
-                    self._fly(engine, size, points, turn)
+                    self._run_trials(engine, size, points, turn)
 
-    def _fly(self, engine: TunedEngine, size: int, points: list[Point], turn: int) -> None:
+    def _run_trials(self, engine: TunedEngine, size: int, points: list[Point], turn: int) -> None:
         reference = self.found.untuned[size]
         points = points if reference in points else [*points, reference]
-        for point, pair in self.flights.compare(engine, size, points, turn, reference):
+        for point, pair in self.trials.compare(engine, size, points, turn, reference):
             self.observed[size, point].append(pair)
         confirmed_so_far = self.found.confirmed.setdefault(size, {})
         confirmed_so_far.update({point: confirmed(size, self.observed[size, point]) for point in points})
@@ -324,7 +324,7 @@ class Tuner:
         arguments, turns = changed(self.engine_args, speculative_config=speculative_config), self.settings.turns
         try:
             with running(Engine(arguments, in_process=False)) as engine:
-                rates = {size: self.flights.wall_rate(engine, size, turns) for size in self.found.times}
+                rates = {size: self.trials.wall_rate(engine, size, turns) for size in self.found.times}
         except (RuntimeError, ValueError, EngineDeadError) as error:  # the others go on
             self.found.failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
         else:
@@ -336,7 +336,7 @@ def configured(config: EasySpecConfig, batch_size: int, num_layers: int) -> Poin
     return Point(config.layer_parallel.plan_table(num_layers).at(batch_size), config.k_at(batch_size))
 
 
-def _stage_times(seen: dict[Point, list[Observation]], most_drafts: int) -> StageTimes:
+def _stage_times(seen: dict[Point, list[Observation]], max_drafts: int) -> StageTimes:
     """Medians over turns. By K, the times of the points with the first plan; a step's, those at the largest K."""
 
     def typical(point: Point, stage: str) -> float:
@@ -348,6 +348,6 @@ def _stage_times(seen: dict[Point, list[Observation]], most_drafts: int) -> Stag
     return StageTimes(
         calibrate={point.num_drafts: typical(point, "calibrate") for point in by_k},
         verify={point.num_drafts: typical(point, "verify") for point in by_k},
-        step={p.plan: typical(p, "draft") / (most_drafts - 1) for p in seen if p.num_drafts == most_drafts},
+        step={p.plan: typical(p, "draft") / (max_drafts - 1) for p in seen if p.num_drafts == max_drafts},
         other=median(others),
     )
