@@ -22,7 +22,7 @@ def audit(runner: GPUModelRunner, speculator: EasySpecSpeculator) -> list[Audite
     """Recompute the precise K/V of every live request and compare this rank's pages with it.
 
     All ranks must call it together, between engine steps: the precise pass has collectives. Each request's whole
-    sequence goes through at once, with quadratic attention: a tool for tests and for doubt, not for every minute.
+    sequence goes through at once, with quadratic attention: a tool for tests and debugging, too slow for production.
     """
     states = runner.req_states
     found = [

@@ -107,7 +107,7 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     engine.add_argument("--prompts", metavar="FILE.jsonl", type=Path, help="(default: random token ids)")
     engine.add_argument("--concurrency", metavar="C,...", type=_integers(","), default=[1, 4, 16, 64])
-    engine.add_argument("--requests", metavar="N", type=int, default=16, help="at least, and two a slot (default: 16)")
+    engine.add_argument("--requests", metavar="N", type=int, default=16, help="at least; two per slot (default: 16)")
     engine.add_argument("--output-tokens", metavar="N", type=int, default=128)
     engine.add_argument(
         "--input-tokens", metavar="N", type=int, help="of a random prompt (default: 256); with --prompts, at most"
@@ -317,7 +317,7 @@ def _add_fit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     fit.add_argument("--tokens", metavar="N", type=_at_least(1), default=40_000, help="tokens to read (default: 40000)")
     fit.add_argument("--length", metavar="N", type=int, default=256, help="tokens a sequence (default: 256)")
     fit.add_argument(
-        "--num-speculative-tokens", metavar="K", type=_at_least(2), default=5, help="drafts a round (default: 5)"
+        "--num-speculative-tokens", metavar="K", type=_at_least(2), default=5, help="drafts per round (default: 5)"
     )
     fit.add_argument(
         "--own",

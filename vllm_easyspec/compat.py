@@ -15,8 +15,8 @@ functions, called where an engine of ours runs.
    target's context to its drafter's. Remove when vLLM accepts such pairs, and asks the speculator about lengths.
 4. `GPUModelRunner.speculator`, exchanged after `init_device`. Cause: `init_speculator` knows a closed list of methods.
    Remove when vLLM resolves a plugin's speculator class.
-5. `GPUModelRunner.lora_state`, likewise. Cause: vLLM 0.32 names one adapter a request for the LM head, which is one
-   row of logits a request, and a verifying request has more (`lora.py`). Remove when `LoraState` counts the drafts.
+5. `GPUModelRunner.lora_state`, likewise. Cause: vLLM 0.32 names one adapter per request for the LM head, which is one
+   row of logits per request, and a verifying request has more (`lora.py`). Remove when `LoraState` counts the drafts.
 6. `Scheduler.dynamic_sd_lookup`, written into by `vllm-easyspec tune`. Cause: only the scheduler can choose K, and it
    reads its table once. Remove when K can be changed in a running engine.
 7. `__bases__` of worker classes in this process. Cause: vLLM makes a `worker_extension_cls` a base of the worker's
@@ -309,7 +309,7 @@ def usable_cpus(ranks: int) -> list[int]:
 
 
 def cpu_lists(ranks: int, cpus: list[int]) -> str:
-    """vLLM's form of one list of CPUs a rank, such as `0,1|2,3`. With fewer CPUs than ranks, ranks share."""
+    """vLLM's form of one list of CPUs per rank, such as `0,1|2,3`. With fewer CPUs than ranks, ranks share."""
     if len(cpus) < ranks:
         return "|".join(str(cpus[rank % len(cpus)]) for rank in range(ranks))
     starts = [rank * len(cpus) // ranks for rank in range(ranks + 1)]

@@ -189,7 +189,7 @@ class BatchSizePlanConfig(PlanConfig):
     num_speculative_tokens: int | None = Field(
         default=None,
         ge=0,
-        description="tokens drafted a round (K) at these batch sizes: an integer of at least 0 (no drafts) and at most "
+        description="K at these batch sizes: an integer of at least 0 (no drafts) and at most "
         "the num_speculative_tokens of all; left out, that one",
     )
 
@@ -320,7 +320,7 @@ class EasySpecConfig(RuntimeOptions):
     method: Literal["easyspec"] = Field(description="'easyspec'")
     model: str = Field(min_length=1, description="the drafter: a folder, or a name on the Hugging Face hub")
     num_speculative_tokens: int = Field(
-        ge=1, description="tokens drafted a round (K): an integer of at least 1, such as 5"
+        ge=1, description="tokens drafted per round (K): an integer of at least 1, such as 5"
     )
 
     # vLLM's own fields, passed through as they are.
@@ -355,8 +355,8 @@ class EasySpecConfig(RuntimeOptions):
     )
     use_local_argmax_reduction: bool | None = Field(
         default=None,
-        description="true (greedy drafts are found on each rank's part of the vocabulary, two numbers a rank) or false "
-        "(logits are gathered); left out, true with greedy drafts",
+        description="true (greedy drafts are found on each rank's part of the vocabulary, two numbers per rank) or "
+        "false (logits are gathered); left out, true with greedy drafts",
     )
     draft_load_config: dict[str, Any] | None = Field(
         default=None, description="a mapping of vLLM's LoadConfig for the drafter, such as {load_format: dummy}"
@@ -439,7 +439,7 @@ class EasySpecConfig(RuntimeOptions):
         options = RuntimeOptions(**{name: getattr(self, name) for name in RuntimeOptions.model_fields}).to_json()
         if self.lookahead is None:
             return fields, options
-        # vLLM tells configurations apart by a hash of the options, and a path says nothing of what lies there.
+        # vLLM distinguishes configurations by a hash of the options, and a path doesn't change with the file's content.
         return fields, options | {LOOKAHEAD_HASH_KEY: _content_hash(self.lookahead)}
 
     def check_model(self) -> None:
@@ -524,7 +524,7 @@ def _mapping(config: Any, source: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ConfigError(
             f"{source} holds {type(config).__name__} {config!r} where a mapping of fields is needed. Write "
-            "method: easyspec, model: ..., num_speculative_tokens: 5, one a line"
+            "method: easyspec, model: ..., num_speculative_tokens: 5, one per line"
         )
     return config
 

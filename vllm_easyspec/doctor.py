@@ -74,7 +74,7 @@ def diagnose(
         f"drafter     {config.model}: {shape.architecture}, {shape.num_layers} layers, {shape.num_heads} heads, "
         f"{shape.num_kv_heads} K/V heads of {shape.head_dim}, hidden {shape.hidden_size}, vocabulary "
         f"{shape.vocab_size}",
-        f"drafting    {config.num_speculative_tokens} tokens a round, calibration {config.calibration}",
+        f"drafting    {config.num_speculative_tokens} tokens per round, calibration {config.calibration}",
         *_plan_lines(plans, config),
         f"lookahead   {maps}",
         f"MLPs        {mlp.value} ({config.layer_parallel.mlp}, on {device})",
@@ -106,7 +106,7 @@ def _rank_lines(shape: DrafterShape, placement: LayerPlacement, mlp: MlpPlacemen
         yield (
             f"rank {rank:<6} attention of layers {layers}; weights {_mebibytes(memory.weights)} (attention "
             f"{_mebibytes(memory.attention)}, MLPs {_mebibytes(memory.mlp)}, embedding and LM head "
-            f"{_mebibytes(memory.embedding)}); K/V {memory.kv_per_token} bytes a token"
+            f"{_mebibytes(memory.embedding)}); K/V {memory.kv_per_token} bytes per token"
         )
 
 

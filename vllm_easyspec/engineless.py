@@ -182,7 +182,7 @@ class EnginelessDrafter:
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[rows, hidden]` to `[rows, vocab]`, on every rank."""
+        """`[tokens, hidden]` to `[tokens, vocab]`, on every rank."""
         return self.model.compute_logits(hidden)
 
     def rewind(self, lengths: Sequence[int]) -> None:

@@ -176,7 +176,7 @@ class LookaheadMaps(nn.Module):
     """A rank's maps: attention maps for its own layers, MLP maps for all.
 
     A tensor-parallel MLP needs its whole input on every rank, so the MLP maps are replicated: cutting them would cost a
-    collective a group to save a thin product. The first layer of a group reads the group's input and has no map.
+    collective per group to save a thin product. The first layer of a group reads the group's input and has no map.
     """
 
     def __init__(

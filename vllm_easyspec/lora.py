@@ -1,6 +1,6 @@
 """LoRA adapters of the target: every row of logits gets its request's adapter.
 
-vLLM 0.32's Model Runner V2 names one adapter a request for the LM head, which is one row of logits a request. A
+vLLM 0.32's Model Runner V2 names one adapter per request for the LM head, which is one row of logits per request. A
 verifying request has a row for each draft as well. On a CPU vLLM then stops with a shape error, with any speculative
 method; on a GPU those rows go without the adapter's LM head. Remove this when `LoraState` counts the drafts.
 """

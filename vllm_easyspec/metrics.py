@@ -28,8 +28,8 @@ class PassCounters:
     passes: int = 0
     attention_calls: int = 0
     cache_writes: int = 0
-    attention_collectives: int = 0  # one a group: its attention outputs reach every rank
-    mlp_collectives: int = 0  # one an MLP (attention scope) or one a group (block scope)
+    attention_collectives: int = 0  # one per group: its attention outputs reach every rank
+    mlp_collectives: int = 0  # one per MLP (attention scope) or one per group (block scope)
 
     def add(self, other: "PassCounters") -> None:
         for counter in fields(self):
@@ -122,7 +122,7 @@ class DraftStatistics:
         self.stood.view(-1).scatter_add_(0, cells * ~prefilling, (~prefilling).long())
 
     def snapshot(self) -> dict:
-        """Plain numbers for an RPC reply: acceptance by position; tokens a round, the target's own included."""
+        """Plain numbers for an RPC reply: acceptance by position; tokens per round, the target's own included."""
         untested, tested = self.stood.tolist()
         verified = sum(tested)
         # Of n tokens that stood, the first was sampled a round before, the others are accepted drafts.

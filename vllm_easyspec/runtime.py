@@ -160,7 +160,7 @@ class DrafterRuntime:
             f"rank {model.rank} of {model.num_ranks}: plan {settings.current.plans}, K={settings.current.num_drafts}, "
             f"look-ahead {maps}, attention and pages of layers {list(model.local_layers)} here, MLPs: "
             f"{model.mlp.value}, weights {model.weight_bytes():,} bytes, K/V pages {cache_bytes:,} bytes "
-            f"({cache_bytes // (pages.num_blocks * pages.block_size):,} a token)"
+            f"({cache_bytes // (pages.num_blocks * pages.block_size):,} per token)"
         )
 
 

@@ -222,7 +222,7 @@ def check_attention_backend(name: str, grouped_attention: GroupedAttention = "au
     """Raise `ConfigError` where the drafter can't use the attention backend that vLLM gave it."""
     if grouped_attention == "xformers" and name != XFORMERS:
         raise ConfigError(
-            f"grouped_attention='xformers' needs a CUDA device; here vLLM gave the drafter {name} all the same. Write "
+            f"grouped_attention='xformers' needs a CUDA device; but here vLLM gave the drafter {name}. Write "
             "grouped_attention: backend"
         )
     if name not in (*ATTENTION_BACKENDS, XFORMERS):

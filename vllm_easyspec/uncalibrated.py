@@ -6,7 +6,7 @@ marked as uncalibrated. A later round that drafts first reads, precisely, what i
 
 Marks belong to blocks, not to requests: a block that prefix caching keeps after its request has ended still says to
 the next one whether the drafter has read it. Invariant: in a block without a mark every position that the target has
-computed is precise. A mark too many costs reading a block once more, so blocks that vLLM frees keep theirs until a
+computed is precise. A superfluous mark costs reading a block once more, so blocks that vLLM frees keep theirs until a
 request that drafts takes them over.
 
 A round reads at most as many tokens as an engine step may hold. A request with more keeps marks, and what it drafts

@@ -1,6 +1,6 @@
 """`SpeculativeWorker`: vLLM's worker of this platform, with easyspec's speculator in its model runner, and its RPCs.
 
-The RPCs are reached by `LLM.collective_rpc("easyspec_stats")` and the like; each returns one value a rank.
+The RPCs are reached by `LLM.collective_rpc("easyspec_stats")` and the like; each returns one value per rank.
 """
 
 from dataclasses import asdict

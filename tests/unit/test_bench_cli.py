@@ -182,7 +182,7 @@ def test_an_early_end_keeps_what_was_measured(capsys, monkeypatch, tmp_path, end
     assert result["rows"][0]["tokens_a_second"] == 7.5
     assert {"command", "commit", "versions", "hardware", "settings", "arms", "notes"} <= set(result)
     assert result["settings"]["concurrency"] == [1, 4, 16, 64] and "json" not in result["settings"]
-    assert "tokens a second" in drawn.read_text()
+    assert "tokens per second" in drawn.read_text()
 
 
 def test_lossy_float32_run_fails_and_keeps_its_result(capsys, monkeypatch, tmp_path):

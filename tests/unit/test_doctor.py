@@ -32,7 +32,7 @@ def test_a_sound_pair(capsys):
     assert "LlamaForCausalLM, 10 layers, 4 heads, 2 K/V heads of 32" in report["drafter"]
     assert "1-4-4-1, scope attention: 14 sublayers one after another where the precise pass has 20" in report["plan"]
     assert "layers 0, 2, 4, 6, 8;" in report["rank 0"] and "layers 1, 3, 5, 7, 9;" in report["rank 1"]
-    assert "K/V 1280 bytes a token" in report["rank 0"], "5 layers x K and V x 2 heads x 32 x 2 bytes"
+    assert "K/V 1280 bytes per token" in report["rank 0"], "5 layers x K and V x 2 heads x 32 x 2 bytes"
     assert "512 tokens in both" in report["vocabulary"]
     assert re.search(r"vllm 0\.\d+.*torch .*python .*vllm-easyspec ", report["versions"])
 
@@ -52,7 +52,7 @@ def test_plans_by_batch_size(capsys, tmp_path):
 def test_more_ranks_than_layers(capsys):
     code, report, _ = doctor(capsys, TINY, "-tp", 16)
     assert code == 0
-    assert "attention of layers none;" in report["rank 15"] and "K/V 0 bytes a token" in report["rank 15"]
+    assert "attention of layers none;" in report["rank 15"] and "K/V 0 bytes per token" in report["rank 15"]
 
 
 def test_the_command_is_installed():

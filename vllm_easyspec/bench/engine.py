@@ -55,7 +55,7 @@ class Workload:
 
 @dataclass
 class Measured:
-    """What one arm did at one concurrency, a value a turn."""
+    """What one arm did at one concurrency, a value per turn."""
 
     levels: list[Level] = field(default_factory=list)
     speculation: list[dict[str, Any]] = field(default_factory=list)
@@ -216,7 +216,7 @@ def _text_config(model: str) -> Any:
 
 
 def bind_cpus(ranks: int) -> None:
-    """On a CPU, the binding that easyspec gives its ranks, for all arms: plain vLLM wants a NUMA node a rank."""
+    """On a CPU, the binding that easyspec gives its ranks, for all arms: plain vLLM wants a NUMA node per rank."""
     from vllm.platforms import current_platform
 
     from vllm_easyspec.compat import OMP_BINDING, cpu_lists, usable_cpus
@@ -332,7 +332,7 @@ def _speculation(turns: list[dict[str, Any]]) -> dict[str, Any]:
 def describe(result: dict[str, Any]) -> str:
     """The table, what vLLM resolved for each arm, differing outputs, and the notes."""
     header = (
-        "arm", "concurrency", "tokens/s", "TTFT ms", "p99", "TPOT ms", "p99", "ITL ms", "p99", "tokens a round",
+        "arm", "concurrency", "tokens/s", "TTFT ms", "p99", "TPOT ms", "p99", "ITL ms", "p99", "tokens per round",
         "acceptance by position", "draft ms", "verify ms", "draft share", "equal outputs",
     )  # fmt: skip
     lines = [table(header, map(_cells, result["rows"])), ""]

@@ -184,11 +184,11 @@ class LayerParallelDrafter(nn.Module):
         return tensor_model_parallel_all_reduce(embed_shard(input_ids, self.embed_tokens.weight, first, end - first))
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[rows, hidden]` to `[rows, vocab]`, gathered on every rank."""
+        """`[tokens, hidden]` to `[tokens, vocab]`, gathered on every rank."""
         return self.logits_processor(self.lm_head, hidden)
 
     def get_top_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The arg-max over the vocabulary, two numbers a rank in place of the logits: `[rows, hidden]` to `[rows]`."""
+        """The arg-max of the logits, for two numbers per rank in a collective: `[tokens, hidden]` to `[tokens]`."""
         return self.logits_processor.get_top_tokens(self.lm_head, hidden)
 
     def largest_share(self, plan: DraftPlan) -> int:

@@ -222,7 +222,7 @@ class PagedPass:
 
 
 class DecodePass(PagedPass):
-    """The passes of a fuzzy loop, one token a request; `advance` moves all requests on by a position, in place.
+    """The passes of a fuzzy loop, one token per request; `advance` moves all requests on by a position, in place.
 
     Where the attention backend can refresh its metadata on the device, nothing is built on the host between steps, so
     the whole loop may be recorded in a CUDA graph.

@@ -141,7 +141,7 @@ class XFormersBackend(TritonAttentionBackend):
 class Runs:
     """Queries cut into equal runs. A run is one of xformers' sequences; their number is padded to a power of two."""
 
-    width: int  # queries a run
+    width: int  # queries per run
     take: torch.Tensor  # [runs * width] int64: the token that fills a row
     back: torch.Tensor  # [tokens] int64: a token's row
     sequence: torch.Tensor  # [runs] int64: whose keys a run sees
@@ -282,7 +282,7 @@ def paged_attention(
 
 
 def _rows(pages: torch.Tensor, queries_a_head: int) -> tuple[torch.Tensor, int]:
-    """Keys or values as the kernel reads them, one row a token: `[1, rows, kv_heads, queries_a_head, head_size]`.
+    """Keys or values as the kernel reads them, one row per token: `[1, rows, kv_heads, queries_a_head, head_size]`.
 
     Also by how much a block number grows. Where a page's tokens lie head by head, a head's rows of one block are
     `kv_heads` blocks away from its rows of the next.

@@ -19,7 +19,7 @@ from vllm_easyspec.tune.report import html_report
 from vllm_easyspec.tune.tuned_yaml import read_fields, tuned_yaml
 from vllm_easyspec.tune.tuner import BASELINES, Findings, Settings, Tuner
 
-# Engine arguments that tune sets by itself, and by which of its options.
+# Engine arguments that tune sets, and by which of its own options.
 TUNES_OWN = {"model": "--model", "tensor_parallel_size": "--tensor-parallel-size", "max_num_seqs": "--batch-sizes"}
 
 
@@ -117,7 +117,7 @@ def _head(found: Findings, about: dict[str, Any], args: argparse.Namespace) -> l
         "Serve with:",
         f"  vllm serve {args.model} --tensor-parallel-size {args.tensor_parallel_size} --speculative-config {args.out}",
         f"Tuned by: {about['command']}",
-        f"On {machine(about)}, vllm {versions['vllm']}, torch {versions['torch']}. Tokens a second "
+        f"On {machine(about)}, vllm {versions['vllm']}, torch {versions['torch']}. Tokens per second "
         + ("by wall-clock:" if found.by_wall else "of the stages' time (calibrate, draft, verify):"),
         *(f"  batch size {size}: {_choice(found, size)}" for size in found.times),
         *([f"Engines one after another, by wall-clock: {_arms(found)}"] if found.baselines else []),
@@ -135,7 +135,7 @@ def _notes(found: Findings) -> dict[Point, str]:
 
 
 def _arms(found: Findings) -> str:
-    """Tokens a second of each engine at each batch size."""
+    """Tokens per second of each engine at each batch size."""
     by_arm = {
         name: ", ".join(f"{rate:.1f} at {size}" for size, rate in rates.items())
         for name, rates in found.baselines.items()

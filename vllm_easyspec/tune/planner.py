@@ -3,8 +3,8 @@
 A group's cost is what running it side by side loses (`fidelity.py`); costs of a plan's groups add up. Dynamic
 programming then gives the cheapest plan for each number of groups, and so for each number of sequential steps. A round
 of K drafts takes `calibrate(K) + (K - 1) * step + verify(K)` and yields `1 + sum of the acceptance at positions 1 to K`
-tokens a request. Acceptance is measured at the largest K, where stretches that are easy to draft take few rounds and so
-weigh little; at a smaller K they weigh more, which one plan's real tokens a round there correct for all.
+tokens per request. Acceptance is measured at the largest K, where stretches that are easy to draft take few rounds and
+so weigh little; at a smaller K they weigh more, which one plan's real tokens per round there correct for all.
 """
 
 from collections.abc import Mapping, Sequence
@@ -108,7 +108,7 @@ def predicted_rate(
     correction: Mapping[int, float],
     with_other: bool,
 ) -> float:
-    """Tokens a second of `batch_size` requests. correction: by K, real tokens a round over those by acceptance."""
+    """Tokens per second of `batch_size` requests. correction: by K, real tokens per round over those by acceptance."""
     tokens = tokens_a_round(acceptance[point.plan], point.num_drafts) * _between(correction, point.num_drafts)
     return 1e3 * batch_size * tokens / times.round_ms(point, with_other)
 

@@ -56,9 +56,9 @@ def _about(run: dict[str, Any]) -> str:
 def _how_measured(found: Findings) -> str:
     """What the figures are, and what they are not."""
     rates = (
-        "Rates are tokens a second by wall-clock time."
+        "Rates are tokens per second by wall-clock time."
         if found.by_wall
-        else "Rates are tokens a second of the stages' time (calibrate, draft, verify), on which the choices rest: "
+        else "Rates are tokens per second of the stages' time (calibrate, draft, verify), on which the choices rest: "
         "vLLM's own kernels are interpreted or plain PyTorch on this machine. Time outside the stages is shown apart."
     )
     answers = {
@@ -91,7 +91,7 @@ def _chosen_table(found: Findings) -> str:
                 f"{seen.wall_rate:.1f}" if seen else "",
             ]
         )
-    head = "batch size", "chosen", "tokens/s", "untuned", "tokens/s", "ratio", "tokens a round", "wall tokens/s"
+    head = "batch size", "chosen", "tokens/s", "untuned", "tokens/s", "ratio", "tokens per round", "wall tokens/s"
     return _table(head, rows, text=(1, 3))
 
 
@@ -127,8 +127,8 @@ def _plan_plots(found: Findings) -> Iterable[str]:
             plan: _mark(plan, rate, f"K={k}, {rate:.1f} tokens/s", plan == chosen[size].plan, plan in untuned)
             for plan, (rate, k) in best.items()
         }
-        title = f"Tokens a second, batch size {size}"
-        yield scatter(title, "sequential steps of a fuzzy step", "tokens a second", _by_family(found, marks))
+        title = f"Tokens per second, batch size {size}"
+        yield scatter(title, "sequential steps of a fuzzy step", "tokens per second", _by_family(found, marks))
 
 
 def _mark(plan: DraftPlan, y: float, figures: str, chosen: bool, untuned: bool) -> Mark:
@@ -148,7 +148,7 @@ def _plans_table(found: Findings) -> str:
         for plan, acceptance in sorted(found.acceptance.items(), key=lambda item: -item[0].sequential_steps)
     ]
     steps = [f"step ms at batch {size}" for size in found.times]
-    head = "plan", "steps", "score", "acceptance by position", "tokens a round", *steps
+    head = "plan", "steps", "score", "acceptance by position", "tokens per round", *steps
     return f"<details><summary>All plans</summary>{_table(head, rows, text=(3,))}</details>"
 
 
@@ -175,7 +175,7 @@ def _arms_plot(found: Findings) -> str:
         )
         for name, rates in found.baselines.items()
     ]
-    return scatter("Engines in turn, wall-clock", "batch size", "tokens a second", series, from_zero=True)
+    return scatter("Engines in turn, wall-clock", "batch size", "tokens per second", series, from_zero=True)
 
 
 def _arms_table(found: Findings) -> str:

@@ -40,8 +40,8 @@ class Confirmed:
     tokens_a_round: float  # of one request, mean
     stage_ms: dict[str, float]  # typical, see `confirmed`
     wall_ms: float  # of a round, likewise
-    stage_rate: float  # tokens a second of the stages' time alone
-    wall_rate: float  # tokens a second
+    stage_rate: float  # tokens per second of the stages' time alone
+    wall_rate: float  # tokens per second
 
 
 class Trials:
@@ -84,7 +84,7 @@ class Trials:
             yield from ((point, (observed, seen[reference])) for point, observed in seen.items())
 
     def wall_rate(self, engine: Engine, size: int, turns: int) -> float:
-        """Tokens a second of any engine, on the prompts that `compare` takes."""
+        """Tokens per second of any engine, on the prompts that `compare` takes."""
         windows = []
         for trial in (number for turn in range(turns) for number in self.numbers(size, turn)):
             engine.start_requests(self.batch(size, trial), self.params)

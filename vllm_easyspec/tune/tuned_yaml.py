@@ -29,7 +29,7 @@ def tuned_yaml(
     most = max(1, *(one.point.num_drafts for one in ranges))
     lines = [f"# {line}" for line in comments]
     lines += ["method: easyspec", _line("model", given.pop("model"))]
-    lines.append(f"num_speculative_tokens: {most} # K, tokens drafted a round")
+    lines.append(f"num_speculative_tokens: {most} # K, tokens drafted per round")
     lines.append("layer_parallel:")
     lines += _plans(ranges, most, notes)
     if (mlp := (given.get("layer_parallel") or {}).get("mlp")) is not None:

@@ -60,7 +60,7 @@ class Settings:
     config: Path
     prompts: list[Prompt]
     batch_sizes: list[int]  # ascending
-    max_drafts: int | None = None  # the largest K tried; by itself the configuration's, or 8 if that is less
+    max_drafts: int | None = None  # the largest K tried; default: the configuration's, and at least 8
     most_plans: int = 12  # whose acceptance is measured, beside the untuned and the precise plan
     largest_group: int = 8
     new_tokens: int = 64  # answered to each prompt where acceptance and rates are measured
@@ -68,7 +68,7 @@ class Settings:
     turns: int = 3
     temperature: float = 0.0
     time_budget: float | None = None  # seconds
-    by_wall: bool | None = None  # rates by wall-clock; by itself only where vLLM's kernels are not interpreted
+    by_wall: bool | None = None  # rates by wall-clock; default: only where vLLM's kernels are not interpreted
     baselines: tuple[str, ...] = BASELINES
 
 
@@ -85,12 +85,12 @@ class Findings:
     same_answers: bool | None = None  # of all plans, token for token; None where answers are sampled
     times: dict[int, StageTimes] = field(default_factory=dict)  # by batch size
     confirmed: dict[int, dict[Point, Confirmed]] = field(default_factory=dict)  # by batch size
-    baselines: dict[str, dict[int, float]] = field(default_factory=dict)  # by batch size: tokens a second, wall-clock
+    baselines: dict[str, dict[int, float]] = field(default_factory=dict)  # by batch size: tokens per second, wall-clock
     failed: dict[str, str] = field(default_factory=dict)  # baselines whose engine did not start or died, and why
     unfinished: list[str] = field(default_factory=list)
 
     def predicted(self, batch_size: int) -> dict[Point, float]:
-        """Tokens a second of every plan whose acceptance and time are known, at every K.
+        """Tokens per second of every plan whose acceptance and time are known, at every K.
 
         Up to K = 1 there is no fuzzy step, and plans don't differ: one stands for all.
         """
@@ -104,7 +104,7 @@ class Findings:
         }
 
     def rates(self, batch_size: int) -> dict[Point, float]:
-        """Tokens a second that the choice rests on: confirmed where that came about, else predicted."""
+        """Tokens per second that the choice rests on: confirmed where they were, else predicted."""
         if batch_size not in self.confirmed:
             return self.predicted(batch_size)
         seen = self.confirmed[batch_size]
@@ -320,7 +320,7 @@ class Tuner:
         confirmed_so_far.update({point: confirmed(size, self.observed[size, point]) for point in points})
 
     def _run_arm(self, name: str, speculative_config: dict[str, Any] | None) -> None:
-        """Tokens a second at each batch size of an engine of its own."""
+        """Tokens per second at each batch size of an engine of its own."""
         arguments, turns = changed(self.engine_args, speculative_config=speculative_config), self.settings.turns
         try:
             with running(Engine(arguments, in_process=False)) as engine:
