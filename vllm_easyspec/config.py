@@ -202,9 +202,9 @@ class BatchSizePlanConfig(PlanConfig):
 
     def to_json(self) -> dict[str, Any]:
         fields = super().to_json() if self.has_plan else {"up_to": self.up_to}
-        k = self.num_speculative_tokens
+        num_drafts = self.num_speculative_tokens
         return {name: value for name, value in fields.items() if name != "num_speculative_tokens"} | (
-            {} if k is None else {"num_speculative_tokens": k}
+            {} if num_drafts is None else {"num_speculative_tokens": num_drafts}
         )
 
 
@@ -364,12 +364,12 @@ class EasySpecConfig(RuntimeOptions):
 
     @model_validator(mode="after")
     def _one_table_of_k(self) -> "EasySpecConfig":
-        table, most = self.layer_parallel.by_batch_size, self.num_speculative_tokens
+        table, max_drafts = self.layer_parallel.by_batch_size, self.num_speculative_tokens
         given = [(i, entry.num_speculative_tokens) for i, entry in enumerate(table)]
-        for index, k in given:
-            if k is None:
+        for index, num_drafts in given:
+            if num_drafts is None:
                 continue
-            name = f"layer_parallel.by_batch_size[{index}].num_speculative_tokens={k}"
+            name = f"layer_parallel.by_batch_size[{index}].num_speculative_tokens={num_drafts}"
             if self.num_speculative_tokens_per_batch_size is not None:
                 raise ValueError(
                     f"{name} stands beside num_speculative_tokens_per_batch_size="
@@ -377,28 +377,32 @@ class EasySpecConfig(RuntimeOptions):
                     "Remove num_speculative_tokens_per_batch_size, or num_speculative_tokens from all entries of "
                     "by_batch_size"
                 )
-            if k > most:
+            if num_drafts > max_drafts:
                 raise ValueError(
-                    f"{name} is more than num_speculative_tokens={most}, the most that a round may draft. Raise that "
-                    "one, or lower this one"
+                    f"{name} is more than num_speculative_tokens={max_drafts}, the most that a round may draft. Raise "
+                    "that one, or lower this one"
                 )
         return self
 
-    def k_by_batch_size(self) -> list[list[int]] | None:
+    def drafts_by_batch_size(self) -> list[list[int]] | None:
         """vLLM's table of K, `[first batch size, last batch size, K]` a range; None where K is always the same."""
         table = self.layer_parallel.by_batch_size
         if all(entry.num_speculative_tokens is None for entry in table):
             return self.num_speculative_tokens_per_batch_size
-        most, first, rows = self.num_speculative_tokens, 1, []
+        max_drafts, first, ranges = self.num_speculative_tokens, 1, []
         for entry in table:
-            k = most if entry.num_speculative_tokens is None else entry.num_speculative_tokens
-            rows.append([first, entry.up_to or first, k])
-            first = rows[-1][1] + 1
-        return rows if table[-1].up_to is None else [*rows, [first, first, most]]  # vLLM carries the last K on
+            num_drafts = max_drafts if entry.num_speculative_tokens is None else entry.num_speculative_tokens
+            ranges.append([first, entry.up_to or first, num_drafts])
+            first = ranges[-1][1] + 1
+        if table[-1].up_to is not None:
+            ranges.append([first, first, max_drafts])  # vLLM carries the last K on
+        return ranges
 
-    def k_at(self, batch_size: int) -> int:
+    def num_drafts_at(self, batch_size: int) -> int:
         """K of a round of `batch_size` requests, as vLLM's scheduler chooses it."""
-        chosen = [k for first, _, k in sorted(self.k_by_batch_size() or []) if first <= batch_size]
+        chosen = [
+            num_drafts for first, _, num_drafts in sorted(self.drafts_by_batch_size() or []) if first <= batch_size
+        ]
         return min([self.num_speculative_tokens, *chosen[-1:]])
 
     @classmethod
@@ -422,7 +426,7 @@ class EasySpecConfig(RuntimeOptions):
         """The speculative configuration of vLLM's own `draft_model` with this drafter, K and vLLM's fields."""
         ours = set(RuntimeOptions.model_fields) | {"method"}
         fields = {"method": "draft_model", **self.model_dump(mode="json", exclude=ours, exclude_none=True)}
-        table = self.k_by_batch_size()
+        table = self.drafts_by_batch_size()
         return fields if table is None else fields | {"num_speculative_tokens_per_batch_size": table}
 
     def to_dict(self) -> dict[str, Any]:

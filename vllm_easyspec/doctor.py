@@ -95,7 +95,7 @@ def _plan_lines(plans: PlanTable, config: EasySpecConfig) -> Iterator[str]:
     first = 1
     for entry in plans.ranges if len(plans.ranges) > 1 else ():
         sizes = f"up to {entry.up_to}" if entry.up_to else "beyond"
-        yield f"by batch    {sizes}: {entry.plan.grouping}, scope {entry.plan.scope}, K={config.k_at(first)}"
+        yield f"by batch    {sizes}: {entry.plan.grouping}, scope {entry.plan.scope}, K={config.num_drafts_at(first)}"
         first = (entry.up_to or first) + 1
 
 

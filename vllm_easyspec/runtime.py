@@ -38,7 +38,7 @@ logger = init_logger("vllm.easyspec")
 class DraftBounds:
     """What a round can't exceed."""
 
-    num_drafts: int  # K, the configured one
+    max_drafts: int  # K, the configured one
     max_len: int  # positions that the drafter may hold, `[0, max_len)`
     # Graphs serve requests beyond `max_len` too: where the target's context is longer, a request may live on beyond the
     # drafter's, and must not slow the others down.
@@ -50,7 +50,7 @@ class DraftBounds:
 
     def max_seq_len(self, batch: DraftBatch) -> int:
         """An upper bound on the sequence lengths at the end of the round."""
-        return int(batch.seq_lens_bound.max()) + 1 + self.num_drafts
+        return int(batch.seq_lens_bound.max()) + 1 + self.max_drafts
 
 
 class DrafterRuntime:

@@ -131,7 +131,7 @@ def test_a_table_of_k():
     table = [{"up_to": 2, "plan": "10"}, {"up_to": 8, "num_speculative_tokens": 2}, {"num_speculative_tokens": 0}]
     config = EasySpecConfig.parse(easyspec(layer_parallel={**PLAN, "by_batch_size": table}))
     plans = config.layer_parallel.plan_table(10)
-    found = {size: (str(plans.at(size)), config.k_at(size)) for size in (1, 2, 3, 8, 9, 999)}
+    found = {size: (str(plans.at(size)), config.num_drafts_at(size)) for size in (1, 2, 3, 8, 9, 999)}
     assert found == {
         1: ("attention 10", 4), 2: ("attention 10", 4), 3: ("block 1-4-4-1", 2), 8: ("block 1-4-4-1", 2),
         9: ("block 1-4-4-1", 0), 999: ("block 1-4-4-1", 0),
@@ -145,8 +145,8 @@ def test_a_table_of_k():
 def test_beyond_a_table_of_k_rounds_draft_the_k_of_all():
     table = [{"up_to": 2, "num_speculative_tokens": 1}]
     config = EasySpecConfig.parse(easyspec(layer_parallel={"by_batch_size": table}))
-    assert config.k_by_batch_size() == [[1, 2, 1], [3, 3, 4]]
-    assert [config.k_at(size) for size in (2, 3, 99)] == [1, 4, 4]
+    assert config.drafts_by_batch_size() == [[1, 2, 1], [3, 3, 4]]
+    assert [config.num_drafts_at(size) for size in (2, 3, 99)] == [1, 4, 4]
 
 
 def test_vllm_reads_a_table_of_k_as_we_do():
@@ -157,7 +157,7 @@ def test_vllm_reads_a_table_of_k_as_we_do():
         vllm_max_batch_size=16,
         vllm_num_speculative_tokens=config.num_speculative_tokens,
     )
-    assert lookup[1:] == [config.k_at(size) for size in range(1, 17)]
+    assert lookup[1:] == [config.num_drafts_at(size) for size in range(1, 17)]
 
 
 def test_to_vllm_passes_vllms_fields_and_keeps_ours_apart():

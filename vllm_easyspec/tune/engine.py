@@ -143,15 +143,16 @@ class TunedEngine(Engine):
 
     def __init__(self, engine_args: EngineArgs):
         """engine_args: with an easyspec `speculative_config` as a dict, and a `max_num_seqs`."""
-        config: Any = engine_args.speculative_config
-        most = config["num_speculative_tokens"]
+        given: Any = engine_args.speculative_config
+        config = {key.replace("-", "_"): value for key, value in given.items()}
+        max_drafts = config["num_speculative_tokens"]
         # Each K is some batch size's, so that whatever vLLM prepares for a K at start (CUDA graphs) is there for all.
-        table = [[size, size, most + 1 - size] for size in range(1, most + 2)]
+        table = [[size, size, max_drafts + 1 - size] for size in range(1, max_drafts + 2)]
         plans = {name: value for name, value in (config.get("layer_parallel") or {}).items() if name != "by_batch_size"}
         engine_args = changed(
             engine_args,
             speculative_config={**config, "layer_parallel": plans, "num_speculative_tokens_per_batch_size": table},
-            max_num_seqs=max(most + 1, engine_args.max_num_seqs or 1),
+            max_num_seqs=max(max_drafts + 1, engine_args.max_num_seqs or 1),
         )
         super().__init__(engine_args, in_process=True)
         self.num_drafts_by_batch_size: list[int] = scheduled_drafts(self.llm)

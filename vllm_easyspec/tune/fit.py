@@ -301,16 +301,16 @@ class Fit:
 
     def _rounds(self, batch: torch.Tensor, plan: DraftPlan, every: int) -> Iterator["Round"]:
         """Draft as a round does, then read the same drafts precisely; in every `every`-th stretch of `K - 1` tokens."""
-        drafts = self.settings.num_drafts
+        num_drafts = self.settings.num_drafts
         self._rewind(0)
         final = self._read(batch)
         # Backwards, since drafting overwrites the pages of what comes after.
-        for newest in range(batch.shape[1] - drafts, SHORTEST - 1, -every * max(1, drafts - 1)):
+        for newest in range(batch.shape[1] - num_drafts, SHORTEST - 1, -every * max(1, num_drafts - 1)):
             self._rewind(newest + 1)
             hidden = final[:, newest].contiguous()
             tokens, previous = [self._next(hidden)], []
             with seeing(self.drafter) as drafting:
-                for _ in range(drafts - 1):
+                for _ in range(num_drafts - 1):
                     previous.append(hidden)
                     hidden = self._read(tokens[-1], plan, hidden)[:, -1]
                     tokens.append(self._next(hidden))
@@ -318,7 +318,7 @@ class Fit:
             drafted = torch.cat(tokens, dim=1)
             with seeing(self.drafter) as precise:
                 true = self._read(drafted[:, :-1])
-            confirmed = torch.stack([self._next(true[:, step]) for step in range(drafts - 1)], dim=1).squeeze(2)
+            confirmed = torch.stack([self._next(true[:, step]) for step in range(num_drafts - 1)], dim=1).squeeze(2)
             yield Round(torch.stack(previous, dim=1), drafting, precise, drafted[:, 1:] == confirmed)
 
     def _add(

@@ -42,9 +42,9 @@ class StageTimes:
 
     def round_ms(self, point: Point, with_other: bool) -> float:
         """A round's time; between the measured K, times lie on a line."""
-        k = point.num_drafts
-        stages = _between(self.calibrate, k) + _between(self.verify, k)
-        return stages + max(0, k - 1) * self.step[point.plan] + (self.other if with_other else 0.0)
+        num_drafts = point.num_drafts
+        stages = _between(self.calibrate, num_drafts) + _between(self.verify, num_drafts)
+        return stages + max(0, num_drafts - 1) * self.step[point.plan] + (self.other if with_other else 0.0)
 
 
 def plan_cost(plan: DraftPlan, costs: GroupCosts) -> float:
@@ -89,9 +89,9 @@ def _guessed_rate(plan: DraftPlan, cost: float) -> float:
     target, kept = 0.7, 1 - min(1.0, cost)
     calibrate = verify = 2 * plan.num_layers
     tokens, best = 1 + target, 0.0
-    for drafts in range(2, 9):
-        tokens += target**drafts * kept ** (drafts - 1)
-        best = max(best, tokens / (calibrate + verify + (drafts - 1) * plan.sequential_steps))
+    for num_drafts in range(2, 9):
+        tokens += target**num_drafts * kept ** (num_drafts - 1)
+        best = max(best, tokens / (calibrate + verify + (num_drafts - 1) * plan.sequential_steps))
     return best
 
 
@@ -149,5 +149,5 @@ def ranges(chosen: Mapping[int, Point]) -> list[Range]:
 
 
 def _between(times: Mapping[int, float], num_drafts: int) -> float:
-    known = sorted(times)
-    return float(np.interp(num_drafts, known, [times[k] for k in known]))
+    measured = sorted(times)
+    return float(np.interp(num_drafts, measured, [times[k] for k in measured]))

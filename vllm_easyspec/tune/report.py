@@ -111,12 +111,10 @@ def _plan_plots(found: Findings) -> Iterable[str]:
     chosen = found.chosen()
     plans = {point.plan for point in chosen.values() if point.num_drafts}
     untuned = {point.plan for point in found.untuned.values()}
-    drafts = max(len(acceptance) for acceptance in found.acceptance.values())
-    marks = {
-        plan: _mark(plan, sum(acceptance) / drafts, f"{sum(acceptance) / drafts:.3f}", plan in plans, plan in untuned)
-        for plan, acceptance in found.acceptance.items()
-    }
-    title = f"Acceptance, mean of positions 1 to {drafts}"
+    max_drafts = max(len(acceptance) for acceptance in found.acceptance.values())
+    means = {plan: sum(acceptance) / max_drafts for plan, acceptance in found.acceptance.items()}
+    marks = {plan: _mark(plan, mean, f"{mean:.3f}", plan in plans, plan in untuned) for plan, mean in means.items()}
+    title = f"Acceptance, mean of positions 1 to {max_drafts}"
     yield scatter(title, "sequential steps of a fuzzy step", "acceptance", _by_family(found, marks))
     for size in found.times:
         best: dict[DraftPlan, tuple[float, int]] = {}

@@ -26,12 +26,12 @@ def tuned_yaml(
     for name in PATH_FIELDS:
         if str(given.get(name)).startswith(("./", "../")):
             given[name] = _from_folder(source.parent / given[name], out.parent)
-    most = max(1, *(one.point.num_drafts for one in ranges))
+    max_drafts = max(1, *(one.point.num_drafts for one in ranges))
     lines = [f"# {line}" for line in comments]
     lines += ["method: easyspec", _line("model", given.pop("model"))]
-    lines.append(f"num_speculative_tokens: {most} # K, tokens drafted per round")
+    lines.append(f"num_speculative_tokens: {max_drafts} # K, tokens drafted per round")
     lines.append("layer_parallel:")
-    lines += _plans(ranges, most, notes)
+    lines += _plans(ranges, max_drafts, notes)
     if (mlp := (given.get("layer_parallel") or {}).get("mlp")) is not None:
         lines.append(f"  mlp: {mlp}")
     rest = {name: value for name, value in given.items() if name not in WRITTEN_HERE}
@@ -54,10 +54,10 @@ def _line(name: str, value: Any) -> str:
     return yaml.safe_dump({name: value}).rstrip()
 
 
-def _plans(ranges: Sequence[Range], most: int, notes: Mapping[Point, str]) -> list[str]:
+def _plans(ranges: Sequence[Range], max_drafts: int, notes: Mapping[Point, str]) -> list[str]:
     """The plan of the largest batches that draft, and in `by_batch_size` what other batches do.
 
-    most: the K of all, which the largest batches needn't repeat.
+    max_drafts: the K of all, which the largest batches needn't repeat.
     """
     drafting = [one.point.plan for one in ranges if one.point.num_drafts]
     if not drafting:
@@ -65,7 +65,7 @@ def _plans(ranges: Sequence[Range], most: int, notes: Mapping[Point, str]) -> li
     else:
         beside, last = drafting[-1], ranges[-1].point
         lines = [f"  {field}" for field in _plan_fields(beside, notes.get(last) if last.plan == beside else None)]
-        table = list(ranges[:-1] if last.num_drafts == most else ranges)
+        table = list(ranges[:-1] if last.num_drafts == max_drafts else ranges)
     if table:
         lines.append("  by_batch_size:")
     for one in table:

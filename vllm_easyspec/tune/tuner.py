@@ -118,9 +118,9 @@ class Findings:
         seen = self.confirmed.get(batch_size, {})
         rates = self.rates(batch_size)
         best = max(rates, key=lambda point: rates[point])
-        most = max(len(acceptance) for acceptance in self.acceptance.values())
+        max_drafts = max(len(acceptance) for acceptance in self.acceptance.values())
         plans = {1: self.untuned[batch_size].plan}  # as `predicted` has it
-        drafts = [k for k in (best.num_drafts - 1, best.num_drafts + 1) if 0 < k <= most]
+        drafts = [k for k in (best.num_drafts - 1, best.num_drafts + 1) if 0 < k <= max_drafts]
         unseen = [point for point in (Point(plans.get(k, best.plan), k) for k in drafts) if point not in seen]
         return [best, *unseen] if seen and best.num_drafts and unseen else []
 
@@ -260,9 +260,8 @@ class Tuner:
         return sorted({0, 1, 2, self.max_drafts // 2} - {self.max_drafts})
 
     def _measure_times(self, engine: TunedEngine) -> None:
-        most = self.max_drafts
         plans = list(self.found.acceptance)
-        points = [Point(plan, most) for plan in plans]
+        points = [Point(plan, self.max_drafts) for plan in plans]
         points += [Point(plans[0], k) for k in self._fewer_drafts()]
         seen: dict[tuple[int, Point], list[Observation]] = defaultdict(list)
         sweeps = [(turn, size) for turn in range(self.settings.turns) for size in self.settings.batch_sizes]
@@ -275,7 +274,7 @@ class Tuner:
             for point in in_turn(points, turn):
                 self._make_room(engine, size, turn)
                 seen[size, point].append(Observation.of(*engine.measure(point, go_on)))
-            self.found.times[size] = _stage_times({point: seen[size, point] for point in points}, most)
+            self.found.times[size] = _stage_times({point: seen[size, point] for point in points}, self.max_drafts)
 
     def _make_room(self, engine: TunedEngine, size: int, turn: int) -> None:
         """Put requests in trial where none are, or where one could end within the next measurement."""
@@ -333,7 +332,7 @@ class Tuner:
 
 def configured(config: EasySpecConfig, batch_size: int, num_layers: int) -> Point:
     """What a configuration does at a batch size."""
-    return Point(config.layer_parallel.plan_table(num_layers).at(batch_size), config.k_at(batch_size))
+    return Point(config.layer_parallel.plan_table(num_layers).at(batch_size), config.num_drafts_at(batch_size))
 
 
 def _stage_times(seen: dict[Point, list[Observation]], max_drafts: int) -> StageTimes:
