@@ -46,6 +46,13 @@ class CalibrationStep:
 
 
 class CalibrationScheduler:
+    """Decides which tokens a round's calibration reads of each request, and where their K/V goes.
+
+    Of a decoding request: the tokens that the target accepted, and the newest. Of a prefilling request: what the target
+    has just read, and the newest token if the prompt is complete. Of a request that paused rounds left behind: what
+    `UncalibratedBlocks` says. It runs no pass and holds no state of a request.
+    """
+
     def __init__(self, vocab_size: int, max_len: int, block_size: int, device: torch.device):
         """max_len: positions that the drafter may hold, `[0, max_len)`; block_size: tokens a cache block."""
         self.vocab_size = vocab_size

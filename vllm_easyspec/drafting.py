@@ -54,6 +54,7 @@ class DraftLoop:
         # Final hidden states of the newest tokens, which the first step's look-ahead maps read.
         self.newest = torch.zeros(max_reqs, model.shape.hidden_size, dtype=model.dtype, device=device)
         self.read_ids = torch.zeros(max_reqs * (max_drafts + 1), dtype=torch.int32, device=device)
+        self.no_requests = torch.full((max_reqs,), -1, dtype=torch.int64, device=device)  # a graph knows none of vLLM's
         self.layouts: dict[tuple[int, int], CalibrationLayout] = {}  # of graphs, which read them: (requests, query_len)
 
     # ---- eager ----
@@ -168,7 +169,7 @@ class DraftLoop:
         return DraftBatch(
             num_reqs=reqs,
             num_drafts=graph.num_drafts,
-            idx_mapping=torch.full_like(newest, -1),  # known to vLLM only; calibration needs none
+            idx_mapping=self.no_requests[:reqs],
             input_ids=self.read_ids[: reqs * graph.query_len],
             query_starts=torch.arange(reqs, device=live.device) * graph.query_len,
             start_positions=start_positions,

@@ -100,7 +100,7 @@ class EasySpecSpeculator(DraftModelSpeculator):
             clock.stop("verify")
             self._count(batch, input_batch)
         if self._is_paused(batch):
-            runtime.uncalibrated.pause(batch)
+            runtime.uncalibrated.mark(batch)
             return self.draft_tokens[: batch.num_reqs].fill_(FILLER)
 
         clock.start("calibrate")

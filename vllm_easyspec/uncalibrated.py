@@ -42,7 +42,7 @@ class UncalibratedBlocks:
         self.any = False  # False: the host knows that no block is marked
         self.up_to_date: set[str] = set()  # requests of the last round, none of whose blocks are marked
 
-    def pause(self, batch: DraftBatch) -> None:
+    def mark(self, batch: DraftBatch) -> None:
         """Mark the blocks of what the target has just computed. Never waits for the device."""
         self.any = True
         self.up_to_date.clear()

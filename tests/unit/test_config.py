@@ -103,6 +103,7 @@ def test_yaml_may_take_a_plan_for_a_number(written):
 def test_the_earlier_form_of_a_plan_is_read_with_one_warning(caplog, monkeypatch):
     monkeypatch.setattr("vllm_easyspec.config._warn_of_group_sizes", cache(_warn_of_group_sizes.__wrapped__))
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level("WARNING", logger="vllm.easyspec")  # a command may have silenced vLLM in this process
     table = [{"up_to": 4, "group_sizes": [10]}]
     written = easyspec(layer_parallel={"scope": "block", "group_sizes": [1, 4, 4, 1], "by_batch_size": table})
     now = easyspec(layer_parallel={**PLAN, "by_batch_size": [{"up_to": 4, "plan": "10"}]})

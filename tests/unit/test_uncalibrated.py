@@ -72,7 +72,7 @@ class Engine:
         stood = drafts.num_valid.tolist()
         spans: list[Span] = []
         if pause:
-            self.uncalibrated.pause(drafts)
+            self.uncalibrated.mark(drafts)
         elif self.uncalibrated.any:
             spans = self.uncalibrated.spans_to_calibrate(drafts, [request.name for request, _ in batch], budget)
             for span in spans:
@@ -158,7 +158,7 @@ def batch_of(start: int, read: int, prefilling: bool) -> tuple[Engine, DraftBatc
 
 def test_what_was_paused_is_read_once_and_from_its_block_on():
     engine, paused = batch_of(start=9, read=1, prefilling=False)
-    engine.uncalibrated.pause(paused)
+    engine.uncalibrated.mark(paused)
     assert engine.uncalibrated.marks[1:].nonzero().flatten().tolist() == [2]  # block 3: positions 8 to 11
     _, drafting = batch_of(start=10, read=1, prefilling=False)
     assert engine.uncalibrated.spans_to_calibrate(drafting, ["one"], 100) == [Span(0, 8, 11)]
@@ -168,7 +168,7 @@ def test_what_was_paused_is_read_once_and_from_its_block_on():
 
 def test_more_than_the_budget_is_read_in_several_rounds():
     engine, paused = batch_of(start=0, read=20, prefilling=True)
-    engine.uncalibrated.pause(paused)
+    engine.uncalibrated.mark(paused)
     _, drafting = batch_of(start=20, read=1, prefilling=False)
     found = []
     for _ in range(3):
@@ -183,7 +183,7 @@ def test_more_than_the_budget_is_read_in_several_rounds():
 
 def test_beyond_the_drafters_context_nothing_is_read():
     engine, paused = batch_of(start=MAX_LEN - 2, read=4, prefilling=True)
-    engine.uncalibrated.pause(paused)
+    engine.uncalibrated.mark(paused)
     _, drafting = batch_of(start=MAX_LEN + 2, read=1, prefilling=False)
     assert engine.uncalibrated.spans_to_calibrate(drafting, ["one"], 100) == [Span(0, MAX_LEN - 4, MAX_LEN)]
 
@@ -191,14 +191,14 @@ def test_beyond_the_drafters_context_nothing_is_read():
 def test_copied_blocks_take_their_marks_along():
     engine, paused = batch_of(start=0, read=4, prefilling=True)
     engine.uncalibrated.copied([(1, 7)])
-    engine.uncalibrated.pause(paused)
+    engine.uncalibrated.mark(paused)
     engine.uncalibrated.copied([(1, 7), (2, 8)])
     assert engine.uncalibrated.marks[[1, 2, 7, 8]].tolist() == [True, False, True, False]
 
 
 def test_the_host_forgets_marks_once_there_are_none():
     engine, paused = batch_of(start=0, read=3, prefilling=True)
-    engine.uncalibrated.pause(paused)
+    engine.uncalibrated.mark(paused)
     _, drafting = batch_of(start=3, read=1, prefilling=False)
     assert engine.uncalibrated.spans_to_calibrate(drafting, ["one"], 100) == [Span(0, 0, 4)]
     engine.uncalibrated.mark_calibrated(torch.tensor([4, 5, 6, 7]))
