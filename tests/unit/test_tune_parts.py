@@ -92,7 +92,7 @@ def test_a_point_is_set_then_warmed_up_then_counted_anew():
         engine.measure(Point(plan, 3), lambda: engine.run_rounds(7))
 
 
-def test_flights_are_the_same_for_every_point_and_go_through_all_prompts():
+def test_trials_are_the_same_for_every_point_and_go_through_all_prompts():
     prompts = [{"prompt_token_ids": [number] * number} for number in range(1, 8)]
     trials = Trials(prompts, largest=4, max_drafts=3, tokens=16)
     assert trials.longest == 7 + 1 + (4 + WARM_ROUNDS + 16) * 4
