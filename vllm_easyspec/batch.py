@@ -62,3 +62,22 @@ class DraftBatch:
             seq_lens_bound=batch.seq_lens_cpu_upper_bound.numpy()[:reqs],
             dummy=dummy,
         )
+
+
+@dataclass(frozen=True)
+class DraftBounds:
+    """What a round can't exceed."""
+
+    max_drafts: int  # K, the configured one
+    max_len: int  # positions that the drafter may hold, `[0, max_len)`
+    # Graphs serve requests beyond `max_len` too: where the target's context is longer, a request may live on beyond the
+    # drafter's, and must not slow the others down.
+    graphs_test_room: bool
+
+    def has_room(self, batch: DraftBatch) -> bool:
+        """The host knows that no request's context fills up in this round."""
+        return self.max_seq_len(batch) < self.max_len
+
+    def max_seq_len(self, batch: DraftBatch) -> int:
+        """An upper bound on the sequence lengths at the end of the round."""
+        return int(batch.seq_lens_bound.max()) + 1 + self.max_drafts

@@ -14,7 +14,7 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.attn_utils import AttentionCGSupportInfo
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 
-from vllm_easyspec.batch import DraftBatch
+from vllm_easyspec.batch import DraftBatch, DraftBounds
 from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.drafter.xformers_attention import is_chosen as is_xformers
 from vllm_easyspec.metrics import PassCounters
@@ -76,15 +76,18 @@ class DraftGraphs(CudaGraphManager):
         """The numbers of requests that take this capture size."""
         return range(max((smaller for smaller in self.sizes if smaller < size), default=0) + 1, size + 1)
 
-    def for_calibration(self, batch: DraftBatch) -> DraftGraph | None:
+    def for_calibration(self, batch: DraftBatch, settings: DraftSettings, bounds: DraftBounds) -> DraftGraph | None:
         """The captured graph for a batch whose requests all decode, with as many tokens each, and are to draft."""
         query_len = int(batch.query_lens[0])
-        if batch.prefilling.any() or (batch.query_lens != query_len).any() or batch.num_drafts == 0:
+        is_uniform = not batch.prefilling.any() and (batch.query_lens == query_len).all()
+        if not is_uniform or batch.num_drafts == 0 or settings.calibration == "never" or not bounds.has_room(batch):
             return None
         return self._captured(batch, DraftGraph.calibrate(self.padded(batch.num_reqs), query_len))
 
-    def for_drafting(self, batch: DraftBatch, settings: DraftSettings) -> DraftGraph | None:
+    def for_drafting(self, batch: DraftBatch, settings: DraftSettings, bounds: DraftBounds) -> DraftGraph | None:
         """The captured graph for the batch's fuzzy steps."""
+        if not bounds.has_room(batch) and not bounds.graphs_test_room:
+            return None
         size, plan = self.padded(batch.num_reqs), settings.plans.at(batch.num_reqs)
         return self._captured(batch, DraftGraph.draft(size, batch.num_drafts, plan, settings.lookahead))
 

@@ -7,7 +7,6 @@ for `virtual_batch_config`; then `build_runtime`, and that again whenever vLLM b
 import copy
 import weakref
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model
 from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_easyspec.batch import DraftBatch
+from vllm_easyspec.batch import DraftBatch, DraftBounds
 from vllm_easyspec.calibration import CalibrationScheduler
 from vllm_easyspec.config import ConfigError, RuntimeOptions
 from vllm_easyspec.drafter.model import LayerParallelDrafter
@@ -32,25 +31,6 @@ from vllm_easyspec.support import check_attention_backend
 from vllm_easyspec.uncalibrated import UncalibratedBlocks
 
 logger = init_logger("vllm.easyspec")
-
-
-@dataclass(frozen=True)
-class DraftBounds:
-    """What a round can't exceed."""
-
-    max_drafts: int  # K, the configured one
-    max_len: int  # positions that the drafter may hold, `[0, max_len)`
-    # Graphs serve requests beyond `max_len` too: where the target's context is longer, a request may live on beyond the
-    # drafter's, and must not slow the others down.
-    graphs_test_room: bool
-
-    def has_room(self, batch: DraftBatch) -> bool:
-        """The host knows that no request's context fills up in this round."""
-        return self.max_seq_len(batch) < self.max_len
-
-    def max_seq_len(self, batch: DraftBatch) -> int:
-        """An upper bound on the sequence lengths at the end of the round."""
-        return int(batch.seq_lens_bound.max()) + 1 + self.max_drafts
 
 
 class DrafterRuntime:
@@ -87,22 +67,20 @@ class DrafterRuntime:
 
     def calibrate(self, batch: DraftBatch, settings: DraftSettings) -> None:
         """Make the K/V of the batch's new tokens precise, and draft token 1 of each request."""
-        precise = settings.calibration == "every_round"
-        graph = self.graphs.for_calibration(batch) if self.graphs and precise and self.bounds.has_room(batch) else None
+        graph = self.graphs.for_calibration(batch, settings, self.bounds) if self.graphs else None
         if graph is not None:
             self.loop.load(batch, graph)
             self._replay(graph)
             return
         self.model.counters = self.statistics.stages["calibrate"]
-        ablation = None if precise else settings.plans.at(batch.num_reqs)
+        ablation = settings.plans.at(batch.num_reqs) if settings.calibration == "never" else None
         self.loop.calibrate(batch, not self.bounds.has_room(batch), ablation)
 
     def draft(self, batch: DraftBatch, settings: DraftSettings) -> None:
         """Draft tokens 2 to K of each request, after `calibrate`."""
         if batch.num_drafts < 2:
             return
-        fits = self.bounds.has_room(batch) or self.bounds.graphs_test_room
-        graph = self.graphs.for_drafting(batch, settings) if self.graphs and fits else None
+        graph = self.graphs.for_drafting(batch, settings, self.bounds) if self.graphs else None
         if graph is not None:
             self._replay(graph)
             return
