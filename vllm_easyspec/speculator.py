@@ -28,6 +28,8 @@ FILLER = 0
 
 
 class EasySpecSpeculator(DraftModelSpeculator):
+    """One rank's speculator. vLLM builds it, loads the drafter, binds pages, then asks for drafts every round."""
+
     # A prefilling request's calibration reads one token more than its step: the newest one.
     num_extra_query_per_req = 1
     model: LayerParallelDrafter
@@ -145,9 +147,9 @@ class EasySpecSpeculator(DraftModelSpeculator):
 
     def _filled_up(self, batch: DraftBatch) -> torch.Tensor:
         """The round's drafts, with fillers after its K."""
-        most, num_drafts = self.settings.current.num_drafts, batch.num_drafts
+        num_drafts = batch.num_drafts
         self.draft_tokens[: batch.num_reqs, num_drafts:] = FILLER
-        lowered = num_drafts == most < self.num_speculative_steps  # by `easyspec_configure`
+        lowered = num_drafts == self.settings.current.num_drafts < self.num_speculative_steps  # by `easyspec_configure`
         if self.draft_logits is not None and lowered and not batch.dummy:
             # Not before, and of these requests only: drafts on their way are tested against the logits they came from.
             self.draft_logits[batch.idx_mapping, num_drafts:] = self.filler_logits
