@@ -95,7 +95,7 @@ class EnginelessDrafter:
             attention_groups,
             self.num_blocks,
             block_size,
-            self.block_table.to(self.device),
+            self.block_table.to(self.device, copy=True),  # refilled by its owner, as vLLM does
             self.draft_tokens,
             self._sample,
             DraftStatistics(self.device, num_drafts),
