@@ -19,7 +19,7 @@ from vllm.distributed import (
 )
 
 from vllm_easyspec.bench.report import surroundings, table, write
-from vllm_easyspec.standalone import run_ranks
+from vllm_easyspec.ranks import run_ranks
 
 
 def reduced(own: torch.Tensor, group: int) -> torch.Tensor:

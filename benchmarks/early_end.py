@@ -18,7 +18,7 @@ from lookahead_simulation import NEW, PROMPT, Dense, Maps, Rows, Variant
 from rounds import PAIR, ROOT, held_out_ids
 from safetensors.torch import load_file
 
-from vllm_easyspec.drafter.plan import LayerPlan
+from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.lookahead import KINDS, PARTS, LookaheadFile
 
 MOST = 8
@@ -64,7 +64,7 @@ def main() -> None:
     prompts = torch.tensor(held_out_ids(args.prompts, PROMPT))
     written = target.write(prompts, NEW + MOST + 1)
     rows = Rows(drafter, written[:, : PROMPT + NEW], torch.arange(PROMPT, PROMPT + NEW))
-    plan, variant = LayerPlan((1, 8, 1)), Variant("", previous=True, bent=True)
+    plan, variant = DraftPlan((1, 8, 1)), Variant("", previous=True, bent=True)
     maps = file_maps(str(PAIR / "lookahead.safetensors"))
     tokens, seen = rows.drafts(plan, "block", variant, maps, MOST)
     states = [rows.states.inputs[-1][:, rows.newest], *(states.inputs[-1] for states, _ in seen)]

@@ -13,29 +13,30 @@ import torch
 from rounds import DRAFTS, PAIR, PLANS
 
 from vllm_easyspec.bench.report import surroundings, write
-from vllm_easyspec.drafter.plan import LayerPlan
+from vllm_easyspec.drafter.plan import DraftPlan
+from vllm_easyspec.engineless import EnginelessDrafter
 from vllm_easyspec.lookahead import LookaheadFile, LookaheadMaps
-from vllm_easyspec.standalone import StandaloneDrafter, run_ranks
+from vllm_easyspec.ranks import run_ranks
 
 CONTEXT = 256
 
 
 @torch.inference_mode()
 def measure(file: str, repetitions: int) -> list[dict]:
-    drafter = StandaloneDrafter(PAIR / "drafter", max_num_reqs=1, max_len=CONTEXT + 32)
+    drafter = EnginelessDrafter(PAIR / "drafter", max_num_reqs=1, max_len=CONTEXT + 32, num_drafts=DRAFTS)
     model = drafter.model
     model.lookahead = LookaheadMaps.load(LookaheadFile.read(file), model.placement, model.rank, model.final_norm)
-    loop = drafter.loop(DRAFTS)
-    plans = {name: (LayerPlan(tuple(plan["group_sizes"])), plan["scope"]) for name, plan in PLANS.items()}
+    loop = drafter.loop
+    plans = {name: DraftPlan(tuple(plan["group_sizes"]), plan["scope"]) for name, plan in PLANS.items()}
     times: dict[tuple[str, bool], list[float]] = {}
     if drafter.device.type != "cpu":
         raise SystemExit("this times calls on a CPU; on a GPU they return before their work is done")
     for repetition in range(repetitions + repetitions // 5):
-        for name, (plan, scope) in plans.items():
+        for name, plan in plans.items():
             for lookahead in (False, True):
                 loop.positions[:1], loop.live[:1] = CONTEXT - 1, True
                 began = time.perf_counter()
-                loop.draft(1, DRAFTS, plan, scope, CONTEXT + DRAFTS, lookahead)
+                loop.draft(1, DRAFTS, plan, CONTEXT + DRAFTS, lookahead)
                 if repetition >= repetitions // 5:
                     times.setdefault((name, lookahead), []).append(time.perf_counter() - began)
     steps = {key: 1e3 * median(seconds) / (DRAFTS - 1) for key, seconds in times.items()}

@@ -19,8 +19,8 @@ from rounds import DRAFTS, PAIR, held_out_ids
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from vllm_easyspec.drafter.plan import SCOPES, LayerPlan
-from vllm_easyspec.lookahead import known_features, rms_scaled
+from vllm_easyspec.drafter.plan import SCOPES, DraftPlan
+from vllm_easyspec.lookahead import input_features, rms_scaled
 from vllm_easyspec.tune.fit import Moments, cut
 
 PROMPT, NEW, LENGTH = 64, 64, 256  # tokens of a prompt, written after it, and of a sequence of the fit
@@ -120,7 +120,7 @@ class Variant:
     def known(self, h: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
         """What every map of a group with input h reads; f: the last token's final hidden state."""
         if self.bent:
-            return known_features(h, f)
+            return input_features(h, f)
         return torch.cat([rms_scaled(h), f], dim=-1) if self.previous else rms_scaled(h)
 
 
@@ -162,7 +162,7 @@ class Rows:
 
     def steps(
         self,
-        plan: LayerPlan,
+        plan: DraftPlan,
         scope: str,
         variant: Variant,
         maps: Maps,
@@ -201,7 +201,7 @@ class Rows:
         return x, states
 
     def drafts(
-        self, plan: LayerPlan, scope: str, variant: Variant, maps: Maps, count: int = DRAFTS
+        self, plan: DraftPlan, scope: str, variant: Variant, maps: Maps, count: int = DRAFTS
     ) -> tuple[torch.Tensor, list]:
         """`[sequences, rows, count]`, and each step's states and features."""
         tokens: list[torch.Tensor] = []
@@ -218,7 +218,7 @@ def corrected(x: torch.Tensor, features: torch.Tensor, maps: tuple[torch.Tensor,
     return x if maps is None else x + features @ maps[0] + maps[1]
 
 
-def fit(model: Dense, text: torch.Tensor, plan: LayerPlan, scope: str, variant: Variant) -> Maps:
+def fit(model: Dense, text: torch.Tensor, plan: DraftPlan, scope: str, variant: Variant) -> Maps:
     own = int(len(text) * variant.own)
     if own:
         quarter = LENGTH // 4
@@ -248,7 +248,7 @@ def fit(model: Dense, text: torch.Tensor, plan: LayerPlan, scope: str, variant: 
     if not variant.drafted:
         return maps
     moments.clear()
-    precise = LayerPlan.precise(model.layers)
+    precise = DraftPlan.precise(model.layers)
     for part in text.split(16):
         rows = Rows(model, part, torch.arange(32, LENGTH - DRAFTS, 2 * (DRAFTS - 1)))
         drafts, seen = rows.drafts(plan, scope, variant, maps)
@@ -295,13 +295,13 @@ def main() -> None:
     written = [model.write(prompts, NEW + DRAFTS + 1) for model in (target, drafter)]
     rows = [Rows(drafter, ids[:, : PROMPT + NEW], newest) for ids in written]
 
-    def show(plan: LayerPlan, scope: str, variant: Variant, maps: Maps) -> None:
+    def show(plan: DraftPlan, scope: str, variant: Variant, maps: Maps) -> None:
         rates = [accepted(r.drafts(plan, scope, variant, maps)[0], ids) for r, ids in zip(rows, written, strict=True)]
-        print(f"| {plan} | {scope} | {variant.name} | {rates[0]:.3f} | {rates[1]:.1%} |", flush=True)
+        print(f"| {plan.grouping} | {scope} | {variant.name} | {rates[0]:.3f} | {rates[1]:.1%} |", flush=True)
 
     print("| group sizes | scope | maps | acceptance | own rate |\n|---|---|---|---|---|")
-    show(LayerPlan.precise(drafter.layers), "attention", Variant("precise plan"), {})
-    for plan in (LayerPlan(tuple(map(int, sizes.split("-")))) for sizes in args.plans):
+    show(DraftPlan.precise(drafter.layers), "attention", Variant("precise plan"), {})
+    for plan in (DraftPlan(tuple(map(int, sizes.split("-")))) for sizes in args.plans):
         for scope in SCOPES:
             show(plan, scope, Variant("none"), {})
             for variant in (VARIANTS[number] for number in args.variants):

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from vllm_easyspec.bench.report import write
 from vllm_easyspec.drafter.architectures import DrafterShape
 from vllm_easyspec.drafter.placement import MlpPlacement, choose_mlp
-from vllm_easyspec.drafter.plan import LayerPlan
+from vllm_easyspec.drafter.plan import SCOPES, DraftPlan
 
 SHAPES = Path(__file__).resolve().parent.parent / "tests" / "fixtures" / "hf_configs"
 DRAFTERS = (
@@ -119,11 +119,11 @@ class Model:
         head = self.kernel(ITEM * shape.vocab_size * shape.hidden_size / self.ranks)
         return 3 * self.hardware.kernel_us + head + self.reduce(self.batch * shape.hidden_size) + self.reduce(1)
 
-    def step(self, plan: LayerPlan, scope: str) -> float:
+    def step(self, plan: DraftPlan) -> float:
         """Microseconds of one step under a plan."""
         total = self.ends()
         for group in plan.groups:
-            whole = scope == "block"
+            whole = plan.scope == "block"
             total += self.attention(len(group)) + (self.mlps(len(group)) if whole else len(group) * self.mlps(1))
         return total
 
@@ -170,10 +170,10 @@ def fitted(hardware: Hardware, shape: DrafterShape, row: dict) -> Hardware:
     """
     low, high = 0.0, 100.0
     hardware = replace(hardware, bandwidth=1e12 * row["bandwidth_tb_s"])
-    plan = LayerPlan.precise(shape.num_layers)
+    plan = DraftPlan.precise(shape.num_layers)
     for _ in range(60):
         middle = (low + high) / 2
-        step = make(shape, 1, row["batch"], 256, replace(hardware, kernel_us=middle)).step(plan, "attention")
+        step = make(shape, 1, row["batch"], 256, replace(hardware, kernel_us=middle)).step(plan)
         low, high = (middle, high) if step < 1e3 * row["step_ms"] else (low, middle)
     if high < 1e-6:
         raise ValueError(f"a precise step of {row['step_ms']} ms is shorter than its bytes take; measure again")
@@ -186,20 +186,16 @@ def read_shape(name: str) -> DrafterShape:
 
 def rows(hardware: Hardware, batches: tuple[int, ...], context: int) -> list[dict]:
     found = []
-    for name in DRAFTERS:
-        shape = read_shape(name)
-        precise, grouped = LayerPlan.precise(shape.num_layers), LayerPlan.grouped(shape.num_layers, 4, 1, 1)
+    for drafter in DRAFTERS:
+        shape = read_shape(drafter)
+        plans = {"precise": DraftPlan.precise(shape.num_layers)}
+        plans |= {scope: DraftPlan.grouped(shape.num_layers, 4, 1, 1, scope) for scope in SCOPES}
         for ranks in (1, 2, 4, 8):
             for batch in batches:
                 model = make(shape, ranks, batch, context, hardware)
-                tensor = model.tensor_parallel_step()
-                times = {
-                    "tensor parallel": tensor,
-                    "precise": model.step(precise, "attention"),
-                    "attention": model.step(grouped, "attention"),
-                    "block": model.step(grouped, "block"),
-                }
-                found.append({"drafter": name, "ranks": ranks, "batch": batch, "mlp": model.mlp.value} | times)
+                times = {"tensor parallel": model.tensor_parallel_step()}
+                times |= {name: model.step(plan) for name, plan in plans.items()}
+                found.append({"drafter": drafter, "ranks": ranks, "batch": batch, "mlp": model.mlp.value} | times)
     return found
 
 

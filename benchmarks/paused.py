@@ -12,7 +12,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from vllm_easyspec import plugin
 from vllm_easyspec.tune.engine import Engine, running
-from vllm_easyspec.tune.flights import Flights
+from vllm_easyspec.tune.trials import Trials
 
 SIZES, TOKENS, TURNS = (1, 8), 64, 2
 
@@ -20,7 +20,7 @@ SIZES, TOKENS, TURNS = (1, 8), 64, 2
 def main() -> None:
     plugin.register()
     prompts = [{"prompt_token_ids": ids} for ids in held_out_ids(48, 64)]
-    flights = Flights(prompts, max(SIZES), 1, TOKENS)
+    trials = Trials(prompts, max(SIZES), 1, TOKENS)
     paused = {
         "method": "easyspec",
         "model": str(PAIR / "drafter"),
@@ -39,7 +39,7 @@ def main() -> None:
             speculative_config=config,
         )
         with running(Engine(arguments, in_process=False)) as engine:
-            rates = {size: round(flights.wall_rate(engine, size, TURNS), 1) for size in SIZES}
+            rates = {size: round(trials.wall_rate(engine, size, TURNS), 1) for size in SIZES}
         print(name, {f"batch size {size}": f"{rate} tokens/s" for size, rate in rates.items()}, flush=True)
 
 

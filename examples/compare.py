@@ -18,8 +18,8 @@ from vllm_easyspec import plugin, support
 from vllm_easyspec.bench.report import surroundings, write
 from vllm_easyspec.config import EasySpecConfig, load
 from vllm_easyspec.tune.engine import TunedEngine, running
-from vllm_easyspec.tune.flights import Flights, Pair, confirmed
 from vllm_easyspec.tune.planner import Point
+from vllm_easyspec.tune.trials import Pair, Trials, confirmed
 from vllm_easyspec.tune.tuner import configured
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,22 +52,20 @@ def compare(model: Path, untuned: Path, tuned: Path, ranks: int, sizes: list[int
         tokenizer = engine.llm.get_tokenizer()
         texts = held_out_prompts(48, 64, offset=3)
         prompts = [{"prompt_token_ids": tokenizer.encode(text)} for text in texts]
-        flights, rows = Flights(prompts, max(sizes), most, TOKENS), []
+        trials, rows = Trials(prompts, max(sizes), most, TOKENS), []
         for size in sizes:
             points = {
                 name: replace(configured(config, size, drafter.num_layers), lookahead=config.lookahead is not None)
                 for name, config in configs.items()
             }
-            rows.append(report(size, points, measure(engine, flights, size, list(points.values()), turns)))
+            rows.append(report(size, points, measure(engine, trials, size, list(points.values()), turns)))
     return rows
 
 
-def measure(
-    engine: TunedEngine, flights: Flights, size: int, points: list[Point], turns: int
-) -> dict[Point, list[Pair]]:
+def measure(engine: TunedEngine, trials: Trials, size: int, points: list[Point], turns: int) -> dict[Point, list[Pair]]:
     seen: dict[Point, list[Pair]] = {point: [] for point in points}
     for turn in range(turns):
-        for point, pair in flights.compare(engine, size, list(seen), turn, reference=points[0]):
+        for point, pair in trials.compare(engine, size, list(seen), turn, reference=points[0]):
             seen[point].append(pair)
     return seen
 

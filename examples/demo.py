@@ -105,7 +105,7 @@ def report(ranks: list[dict]) -> None:
     first = ranks[0]
     if not first["verified"]:
         raise RuntimeError(f"the drafter drafted nothing: {first}")
-    plan = "-".join(str(size) for size in first["group_sizes"])
+    plan = first["plan"]
     accepted = "  ".join(f"{100 * share:.0f}%" for share in first["acceptance"])
     print(f"plan                   {plan}, {first['scope']} scope, K = {first['num_speculative_tokens']}")
     print(f"tokens a round         {first['tokens_a_round']:.2f} over {first['verified']} rounds")

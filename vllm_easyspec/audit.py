@@ -13,7 +13,7 @@ from vllm_easyspec.speculator import EasySpecSpeculator
 class AuditedRequest:
     request_id: str
     tokens: int  # positions compared, from 0
-    unread: int  # positions after them that paused rounds (K = 0) left to be read later
+    uncalibrated: int  # positions after them that paused rounds (K = 0) left to be read later
     largest_difference: float  # over this rank's layers and all positions; 0.0 where the rank holds no layer
 
 
@@ -22,44 +22,48 @@ def audit(runner: GPUModelRunner, speculator: EasySpecSpeculator) -> list[Audite
     """Recompute the precise K/V of every live request and compare this rank's pages with it.
 
     All ranks must call it together, between engine steps: the precise pass has collectives. Each request's whole
-    sequence goes through at once, with quadratic attention: a tool for tests and for doubt, not for every minute.
+    sequence goes through at once, with quadratic attention: a tool for tests and debugging, too slow for production.
     """
     states = runner.req_states
-    rows = sorted(states.req_id_to_index.items())
-    found = [_audit_request(request_id, row, runner, speculator) for request_id, row in rows]
-    return [request for request in found if request.tokens or request.unread]
+    found = [
+        _audit_request(request_id, index, runner, speculator)
+        for request_id, index in sorted(states.req_id_to_index.items())
+    ]
+    return [request for request in found if request.tokens or request.uncalibrated]
 
 
-def _calibrated_tokens(row: int, runner: GPUModelRunner, speculator: EasySpecSpeculator) -> tuple[int, int]:
+def _calibrated_tokens(index: int, runner: GPUModelRunner, speculator: EasySpecSpeculator) -> tuple[int, int]:
     """Positions that calibration promises: what the target has computed, and the newest token if there is one.
 
-    Of a request that paused rounds left behind, those before its first unread block; and how many are missing.
+    Of a request that paused rounds left behind, those before its first marked block; and how many are missing.
     """
-    computed = int(runner.req_states.num_computed_tokens.gpu[row])
+    computed = int(runner.req_states.num_computed_tokens.gpu[index])
     if not computed:
         return 0, 0
-    has_newest = computed >= int(runner.req_states.prefill_len.np[row])
-    tokens = min(computed + has_newest, speculator.max_draft_len)
-    table = runner.block_tables.block_tables[speculator.cache_group].gpu[row : row + 1]
+    has_newest = computed >= int(runner.req_states.prefill_len.np[index])
+    tokens = min(computed + has_newest, speculator.runtime.bounds.max_len)
+    table = runner.block_tables.block_tables[0].gpu[index : index + 1]
     last = torch.tensor([computed - 1], device=table.device)
-    read = min(tokens, int(speculator.unread.first_unread(table, last)))
+    read = min(tokens, int(speculator.runtime.uncalibrated.first_uncalibrated(table, last)))
     return read, tokens - read
 
 
-def _audit_request(request_id: str, row: int, runner: GPUModelRunner, speculator: EasySpecSpeculator) -> AuditedRequest:
-    model, pages = speculator.model, speculator.pages
-    tokens, unread = _calibrated_tokens(row, runner, speculator)
+def _audit_request(
+    request_id: str, index: int, runner: GPUModelRunner, speculator: EasySpecSpeculator
+) -> AuditedRequest:
+    model, pages = speculator.model, speculator.runtime.pages
+    tokens, uncalibrated = _calibrated_tokens(index, runner, speculator)
     if tokens == 0:
-        return AuditedRequest(request_id, tokens, unread, 0.0)
-    ids = runner.req_states.all_token_ids.gpu[row, :tokens].to(speculator.device).long()
+        return AuditedRequest(request_id, tokens, uncalibrated, 0.0)
+    ids = runner.req_states.all_token_ids.gpu[index, :tokens].to(speculator.device).long()
     oracle = DensePass(tokens, model.shape.sliding_window, speculator.device)
-    model(ids.clamp(max=model.shape.vocab_size - 1), speculator.precise, "attention", oracle)
+    model(ids.clamp(max=model.shape.vocab_size - 1), speculator.precise, oracle)
     blocks = -(-tokens // pages.block_size)
-    table = runner.block_tables.block_tables[speculator.cache_group].gpu[row, :blocks].long()
+    table = runner.block_tables.block_tables[0].gpu[index, :blocks].long()
     differences = [
         _page_difference(layer, pages, table, *oracle.seen[index]) for index, layer in enumerate(pages.layers)
     ]
-    return AuditedRequest(request_id, tokens, unread, max(differences, default=0.0))
+    return AuditedRequest(request_id, tokens, uncalibrated, max(differences, default=0.0))
 
 
 def _page_difference(

@@ -18,7 +18,7 @@ class DraftBatch:
 
     num_reqs: int
     num_drafts: int  # K of this round, 0 included
-    idx_mapping: torch.Tensor  # [reqs] int64: the request's row in vLLM's request state; -1 in a dummy batch
+    idx_mapping: torch.Tensor  # [reqs] int64: the request's index in vLLM's request state; -1 in a dummy batch
     input_ids: torch.Tensor  # [tokens] int32: what the target just read, rejected drafts included
     query_starts: torch.Tensor  # [reqs] int64: a request's first token in input_ids
     start_positions: torch.Tensor  # [reqs] int64: and its position
@@ -29,7 +29,7 @@ class DraftBatch:
     query_lens: np.ndarray  # [reqs] int32, host: tokens that the target read
     prefilling: np.ndarray  # [reqs] bool, host
     seq_lens_bound: np.ndarray  # [reqs] int32, host: upper bound on sequence lengths, this step's tokens included
-    dummy: bool  # warm-up: rows own no pages
+    dummy: bool  # warm-up: requests own no pages
 
     @classmethod
     def from_vllm(
@@ -42,7 +42,7 @@ class DraftBatch:
         num_drafts: int,
         dummy: bool,
     ) -> "DraftBatch":
-        """num_rejected, num_sampled: `[reqs]`; last_sampled: `[max_reqs, 1]` by request state row."""
+        """num_rejected, num_sampled: `[reqs]`; last_sampled: `[max_reqs, 1]`, by index in vLLM's request state."""
         reqs = batch.num_reqs
         starts = batch.query_start_loc[: reqs + 1].long()
         idx_mapping = batch.idx_mapping[:reqs]
@@ -62,3 +62,22 @@ class DraftBatch:
             seq_lens_bound=batch.seq_lens_cpu_upper_bound.numpy()[:reqs],
             dummy=dummy,
         )
+
+
+@dataclass(frozen=True)
+class DraftBounds:
+    """What a round can't exceed."""
+
+    max_drafts: int  # K, the configured one
+    max_len: int  # positions that the drafter may hold, `[0, max_len)`
+    # Graphs serve requests beyond `max_len` too: where the target's context is longer, a request may live on beyond the
+    # drafter's, and must not slow the others down.
+    graphs_test_room: bool
+
+    def has_room(self, batch: DraftBatch) -> bool:
+        """The host knows that no request's context fills up in this round."""
+        return self.max_seq_len(batch) < self.max_len
+
+    def max_seq_len(self, batch: DraftBatch) -> int:
+        """An upper bound on the sequence lengths at the end of the round."""
+        return int(batch.seq_lens_bound.max()) + 1 + self.max_drafts

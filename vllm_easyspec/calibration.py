@@ -6,7 +6,7 @@ tokens that the target just read, and the newest one if its prompt is complete. 
 every position up to the newest token precise, and the newest token's hidden state yields the round's first draft.
 
 The host doesn't know how many drafts were rejected, and waiting for the number would stall the device. So a request
-gets as many rows as it may need, and the rows past its newest token are padding: slot -1, result unused.
+gets as many tokens of the pass as it may need, and those past its newest one are padding: slot -1, result unused.
 """
 
 from collections.abc import Sequence
@@ -20,32 +20,39 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm_easyspec.batch import DraftBatch
 from vllm_easyspec.drafter.paged_kv import Sequences
 from vllm_easyspec.ops import calibration_inputs, slots_of
-from vllm_easyspec.unread import Span
+from vllm_easyspec.uncalibrated import Span
 
 
 @dataclass(frozen=True)
 class CalibrationLayout:
     """How a batch's requests lie in a calibration pass. Known on the host: it depends on nothing that was accepted."""
 
-    of_req: torch.Tensor  # [rows] int64: the request of each row
-    offset: torch.Tensor  # [rows] int64: the row's place in its request
-    known: torch.Tensor  # [reqs] int64: leading tokens of the request whose K/V is precise already, 0 or 1
+    of_req: torch.Tensor  # [tokens] int64: whose token it is, padding included
+    offset: torch.Tensor  # [tokens] int64: its place among those of the request
+    num_calibrated: torch.Tensor  # [reqs] int64: leading tokens of the request whose K/V is precise already, 0 or 1
     starts: torch.Tensor  # [reqs + 1] int32
     starts_cpu: torch.Tensor  # the same on the host
-    max_rows: int  # of one request
+    max_query_len: int  # of one request
 
 
 @dataclass(frozen=True)
 class CalibrationStep:
     """A calibration pass, ready to run."""
 
-    input_ids: torch.Tensor  # [rows] int64
+    input_ids: torch.Tensor  # [tokens] int64
     sequences: Sequences
-    newest_rows: torch.Tensor  # [reqs] int64: the row of each request's newest token
+    newest_indices: torch.Tensor  # [reqs] int64: where each request's newest token is among them
     newest_positions: torch.Tensor  # [reqs] int64
 
 
 class CalibrationScheduler:
+    """Decides which tokens a round's calibration reads of each request, and where their K/V goes.
+
+    Of a decoding request: the tokens that the target accepted, and the newest. Of a prefilling request: what the target
+    has just read, and the newest token if the prompt is complete. Of a request that paused rounds left behind: what
+    `UncalibratedBlocks` says. It runs no pass and holds no state of a request.
+    """
+
     def __init__(self, vocab_size: int, max_len: int, block_size: int, device: torch.device):
         """max_len: positions that the drafter may hold, `[0, max_len)`; block_size: tokens a cache block."""
         self.vocab_size = vocab_size
@@ -60,26 +67,26 @@ class CalibrationScheduler:
 
     def _layout(self, query_lens: tuple[int, ...], prefilling: tuple[bool, ...]) -> CalibrationLayout:
         # A decoding request's first token was calibrated when it was sampled; a prefilling one may end in a new token.
-        known = 1 - np.array(prefilling, dtype=np.int64)
-        lens = np.array(query_lens) + 1 - known
+        num_calibrated = 1 - np.array(prefilling, dtype=np.int64)
+        lens = np.array(query_lens) + 1 - num_calibrated
         starts = np.concatenate([[0], np.cumsum(lens)])
         reqs = np.repeat(np.arange(len(lens)), lens)
         offsets = np.arange(starts[-1]) - starts[:-1][reqs]
-        rows = async_tensor_h2d(np.stack([reqs, offsets]), self.device)
+        of_req, offset = async_tensor_h2d(np.stack([reqs, offsets]), self.device)
         starts_cpu = torch.from_numpy(starts.astype(np.int32))
         return CalibrationLayout(
-            of_req=rows[0],
-            offset=rows[1],
-            known=async_tensor_h2d(known, self.device),
+            of_req=of_req,
+            offset=offset,
+            num_calibrated=async_tensor_h2d(num_calibrated, self.device),
             starts=async_tensor_h2d(starts_cpu, self.device),
             starts_cpu=starts_cpu,
-            max_rows=int(lens.max()),
+            max_query_len=int(lens.max()),
         )
 
     def plan(self, batch: DraftBatch, layout: CalibrationLayout | None = None) -> CalibrationStep:
         """The pass for `batch`. With its layout given, nothing is copied from the host: a CUDA graph can record it."""
         layout = layout or self.layout(batch.query_lens, batch.prefilling)
-        input_ids, positions, slots, seq_lens, newest_rows, newest_positions = calibration_inputs(
+        input_ids, positions, slots, seq_lens, newest_indices, newest_positions = calibration_inputs(
             batch.input_ids,
             batch.query_starts,
             batch.start_positions,
@@ -89,7 +96,7 @@ class CalibrationScheduler:
             batch.block_table,
             layout.of_req,
             layout.offset,
-            layout.known,
+            layout.num_calibrated,
             layout.starts,
             self.block_size,
             self.max_len,
@@ -104,25 +111,25 @@ class CalibrationScheduler:
             seq_lens=seq_lens,
             seq_lens_bound=torch.from_numpy(batch.seq_lens_bound.astype(np.int32) + 1),
             block_table=batch.block_table,
-            max_query_len=layout.max_rows,
+            max_query_len=layout.max_query_len,
             max_seq_len=int(batch.seq_lens_bound.max()) + 1,
         )
-        return CalibrationStep(input_ids, sequences, newest_rows, newest_positions)
+        return CalibrationStep(input_ids, sequences, newest_indices, newest_positions)
 
     def catching_up(
         self, batch: DraftBatch, spans: Sequence[Span], token_ids: torch.Tensor
     ) -> tuple[torch.Tensor, Sequences]:
         """A pass over tokens of earlier rounds: their ids `[tokens] int64`, and where they lie.
 
-        token_ids: `[max_reqs, positions] int32` by request state row.
+        token_ids: `[max_reqs, positions] int32`, of each request in vLLM's request state.
         """
-        rows = np.array([span.row for span in spans])
+        reqs = np.array([span.req for span in spans])
         begins, ends = (np.array([getattr(span, which) for span in spans]) for which in ("begin", "end"))
         lens = ends - begins
         starts_cpu = torch.from_numpy(np.concatenate([[0], np.cumsum(lens)]).astype(np.int32))
-        places = np.stack([np.repeat(rows, lens), np.concatenate([np.arange(s.begin, s.end) for s in spans])])
+        places = np.stack([np.repeat(reqs, lens), np.concatenate([np.arange(s.begin, s.end) for s in spans])])
         of_req, positions = async_tensor_h2d(places, self.device)
-        rows_on_device, seq_lens = async_tensor_h2d(np.stack([rows, ends]), self.device)
+        reqs_on_device, seq_lens = async_tensor_h2d(np.stack([reqs, ends]), self.device)
         sequences = Sequences(
             positions=positions,
             slots=slots_of(batch.block_table, of_req, positions, self.block_size),
@@ -130,7 +137,7 @@ class CalibrationScheduler:
             query_start_loc_cpu=starts_cpu,
             seq_lens=seq_lens.int(),
             seq_lens_bound=torch.from_numpy(ends.astype(np.int32)),
-            block_table=batch.block_table[rows_on_device],
+            block_table=batch.block_table[reqs_on_device],
             max_query_len=int(lens.max()),
             max_seq_len=int(ends.max()),
         )
@@ -138,8 +145,8 @@ class CalibrationScheduler:
         return ids.clamp_(0, self.vocab_size - 1), sequences
 
     def only(self, step: CalibrationStep, batch: DraftBatch, prefilling: bool) -> CalibrationStep:
-        """The same rows, but writing K/V of the prefilling (or of the decoding) requests alone."""
-        rows = np.diff(step.sequences.query_start_loc_cpu)
-        chosen = torch.from_numpy(np.repeat(batch.prefilling == prefilling, rows)).to(self.device)
+        """The same tokens, but only the prefilling (or only the decoding) requests write K/V."""
+        query_lens = np.diff(step.sequences.query_start_loc_cpu)
+        chosen = torch.from_numpy(np.repeat(batch.prefilling == prefilling, query_lens)).to(self.device)
         slots = torch.where(chosen, step.sequences.slots, -1)
         return replace(step, sequences=replace(step.sequences, slots=slots))

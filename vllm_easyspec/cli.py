@@ -9,6 +9,8 @@ from pathlib import Path
 
 from vllm_easyspec.bench import BenchmarkError
 from vllm_easyspec.config import ConfigError, EasySpecConfig, LayerParallelConfig
+from vllm_easyspec.drafter.plan import DraftPlan, parse_grouping
+from vllm_easyspec.errors import CommandError
 from vllm_easyspec.versions import UnsupportedVllmError
 
 
@@ -17,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         args.run(args)
-    except (BenchmarkError, ConfigError, UnsupportedVllmError) as error:
+    except (CommandError, ConfigError, UnsupportedVllmError) as error:
         print(f"vllm-easyspec {args.command}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -79,7 +81,7 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     step.add_argument("--drafter", metavar="PATH", required=True, help="a checkpoint's folder")
     step.add_argument("--ranks", metavar="T", type=_at_least(1), default=1, help="processes (default: 1)")
     step.add_argument(
-        "--plans", metavar="SIZES", type=_integers("-"), nargs="+", help="such as 1-4-4-1 1-8-1 (default: groups of 4)"
+        "--plans", metavar="PLAN", type=_grouping, nargs="+", help="such as 1-4-4-1 1-8-1 (default: groups of 4)"
     )
     step.add_argument("--batch", metavar="B,...", type=_integers(","), default=[1, 4, 8, 32])
     step.add_argument(
@@ -105,7 +107,7 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     engine.add_argument("--prompts", metavar="FILE.jsonl", type=Path, help="(default: random token ids)")
     engine.add_argument("--concurrency", metavar="C,...", type=_integers(","), default=[1, 4, 16, 64])
-    engine.add_argument("--requests", metavar="N", type=int, default=16, help="at least, and two a slot (default: 16)")
+    engine.add_argument("--requests", metavar="N", type=int, default=16, help="at least; two per slot (default: 16)")
     engine.add_argument("--output-tokens", metavar="N", type=int, default=128)
     engine.add_argument(
         "--input-tokens", metavar="N", type=int, help="of a random prompt (default: 256); with --prompts, at most"
@@ -135,6 +137,13 @@ def _integers(separator: str) -> Callable[[str], list[int]]:
     return integers
 
 
+def _grouping(text: str) -> tuple[int, ...]:
+    try:
+        return parse_grouping(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _at_least(least: int) -> Callable[[str], int]:
     def integer(text: str) -> int:
         value = int(text)
@@ -149,7 +158,6 @@ def _bench_draft_step(args: argparse.Namespace) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm_easyspec.bench import plot, report
     from vllm_easyspec.bench.draft_step import ROOM, measure
-    from vllm_easyspec.drafter.plan import LayerPlan
     from vllm_easyspec.support import read_drafter
 
     report.check_writable(args.json)
@@ -161,9 +169,9 @@ def _bench_draft_step(args: argparse.Namespace) -> None:
         raise BenchmarkError(f"--context {max(args.context)} is more than {longest}, for which the drafter has room")
     for sizes in args.plans or []:
         try:
-            LayerPlan.of_sizes(shape.num_layers, sizes)
+            DraftPlan.of_sizes(shape.num_layers, sizes, name="--plans")
         except ValueError as error:
-            raise BenchmarkError(f"--plans {'-'.join(map(str, sizes))}: {error}") from error
+            raise BenchmarkError(str(error)) from error
     rows = measure(
         args.drafter,
         args.ranks,
@@ -180,7 +188,7 @@ def _bench_draft_step(args: argparse.Namespace) -> None:
         plot.draft_step(rows, args.plot)
     header = ("scope", "plan", "ranks", "batch", "context", "step ms", "precise ms", "speedup", "floor ms")
     cells = (
-        (row["scope"], "-".join(map(str, row["group_sizes"])), row["ranks"], row["batch"], row["context"])
+        (row["scope"], row["plan"], row["ranks"], row["batch"], row["context"])
         + (f"{row['step_ms']:.3f}", f"{row['precise_ms']:.3f}", f"{row['speedup']:.2f}", f"{row['floor_ms']:.3f}")
         for row in rows
     )
@@ -296,8 +304,8 @@ def _add_fit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     fit.add_argument("--output", "-o", metavar="FILE", type=Path, default=Path("lookahead.safetensors"))
     fit.add_argument(
         "--plans",
-        metavar="SIZES",
-        type=_integers("-"),
+        metavar="PLAN",
+        type=_grouping,
         nargs="+",
         help="plans to fit for, such as 1-4-4-1 1-8-1 (default: groups of 4); maps serve shorter groups too",
     )
@@ -309,7 +317,7 @@ def _add_fit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     fit.add_argument("--tokens", metavar="N", type=_at_least(1), default=40_000, help="tokens to read (default: 40000)")
     fit.add_argument("--length", metavar="N", type=int, default=256, help="tokens a sequence (default: 256)")
     fit.add_argument(
-        "--num-speculative-tokens", metavar="K", type=_at_least(2), default=5, help="drafts a round (default: 5)"
+        "--num-speculative-tokens", metavar="K", type=_at_least(2), default=5, help="drafts per round (default: 5)"
     )
     fit.add_argument(
         "--own",
@@ -330,9 +338,9 @@ def _fit(args: argparse.Namespace) -> None:
     from vllm_easyspec.tune.fit import FitSettings, fit
 
     check_writable(args.output)
-    plan = LayerParallelConfig().plan(read_drafter(args.drafter, None).num_layers)
+    plan = LayerParallelConfig().draft_plan(read_drafter(args.drafter, None).num_layers)
     settings = FitSettings(
-        plans=tuple(map(tuple, args.plans)) if args.plans else (plan.group_sizes,),
+        plans=tuple(args.plans) if args.plans else (plan.group_sizes,),
         longest_group=args.longest_group,
         rank=args.rank,
         tokens=args.tokens,
@@ -355,10 +363,7 @@ def _fit(args: argparse.Namespace) -> None:
     print(
         table(
             ("plan", "scope", "without maps", "with"),
-            [
-                ("-".join(map(str, row["group_sizes"])), row["scope"], f"{row['without']:.1%}", f"{row['with']:.1%}")
-                for row in report["own_rate"]
-            ],
+            [(row["plan"], row["scope"], f"{row['without']:.1%}", f"{row['with']:.1%}") for row in report["own_rate"]],
         )
     )
     by_rank = ", ".join(f"{r2:.3f} at {rank}" for rank, r2 in report["r2_by_rank"].items())

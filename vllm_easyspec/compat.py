@@ -1,7 +1,8 @@
-"""The patches to vLLM: three methods of one class, `EngineArgs`. Everything else of easyspec uses vLLM's own seams.
+"""All patches of vLLM. Everything else of easyspec uses vLLM's own seams.
 
-Each wrapper calls vLLM's own method with unchanged arguments unless easyspec was asked for. `apply` may be called any
-number of times; a method is never wrapped twice.
+Three methods of `EngineArgs` are wrapped by `apply`, which may be called any number of times: a method is never wrapped
+twice, and each wrapper calls vLLM's own method with unchanged arguments unless easyspec was asked for. The others are
+functions, called where an engine of ours runs.
 
 1. `EngineArgs.add_cli_args`. Cause: `--speculative-config` is `json.loads` only, so neither a path nor a clear error is
    possible. Remove when vLLM takes a path there, or lets a plugin register a speculative method.
@@ -12,6 +13,15 @@ number of times; a method is never wrapped twice.
 3. `EngineArgs.create_speculative_config`. Cause: vLLM refuses a draft model whose vocabulary is the target's less
    padding (Qwen2.5 32B and 72B with their small siblings), though its rejection sampler copes; and 0.33 shortens the
    target's context to its drafter's. Remove when vLLM accepts such pairs, and asks the speculator about lengths.
+4. `GPUModelRunner.speculator`, exchanged after `init_device`. Cause: `init_speculator` knows a closed list of methods.
+   Remove when vLLM resolves a plugin's speculator class.
+5. `GPUModelRunner.lora_state`, likewise. Cause: vLLM 0.32 names one adapter per request for the LM head, which is one
+   row of logits per request, and a verifying request has more (`lora.py`). Remove when `LoraState` counts the drafts.
+6. `Scheduler.dynamic_sd_lookup`, written into by `vllm-easyspec tune`. Cause: only the scheduler can choose K, and it
+   reads its table once. Remove when K can be changed in a running engine.
+7. `__bases__` of worker classes in this process. Cause: vLLM makes a `worker_extension_cls` a base of the worker's
+   class for good, and the next engine refuses it for a subclass of that class, as easyspec's worker is. Remove when
+   vLLM makes a class of its own for a worker with an extension.
 """
 
 import os
@@ -19,7 +29,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from vllm.config import ModelConfig, ParallelConfig, SpeculativeConfig, VllmConfig
@@ -30,6 +40,11 @@ from vllm.logger import init_logger
 from vllm_easyspec import support
 from vllm_easyspec.config import OPTIONS_KEY, ConfigError, EasySpecConfig, RuntimeOptions, is_easyspec, is_path, load
 from vllm_easyspec.versions import Support, UnsupportedVllmError, require_supported, vllm_version
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 logger = init_logger(__name__)
 
@@ -222,6 +237,42 @@ def _build_speculative_config(fields: dict[str, Any], options: RuntimeOptions) -
     return built
 
 
+# ---- in a worker ----
+
+
+def install_speculator(runner: "GPUModelRunner", build: Callable[[], "BaseSpeculator"]) -> None:
+    """Patch 4: put `build()` in the place of the speculator that the runner has built. May be repeated."""
+    runner.speculator = None  # let go of its buffers before ours are made
+    runner.speculator = build()
+
+
+def install_lora_state(runner: "GPUModelRunner", max_num_reqs: int) -> None:
+    """Patch 5. May be repeated."""
+    from vllm_easyspec.lora import VerifyingLoraState
+
+    runner.lora_state = VerifyingLoraState(max_num_reqs)
+
+
+# ---- in the process of `tune` or `bench`, where they run an engine inside it ----
+
+
+def scheduled_drafts(engine: "LLMEngine") -> list[int]:
+    """Patch 6: the scheduler's own list of K by batch size, to be written into between two steps."""
+    return engine.engine_core.engine_core.scheduler.dynamic_sd_lookup
+
+
+def remove_worker_extension(extension: type) -> None:
+    """Patch 7: take `extension` out of the bases of the worker classes that vLLM has put it into. May be repeated."""
+    worker: Any  # whose bases mypy takes for fixed
+    for worker in extension.__subclasses__():
+        others = tuple(base for base in worker.__bases__ if base is not extension)
+        if others:  # an extension of this one, which has no other base, is no worker
+            worker.__bases__ = others
+
+
+# ---- CPUs of ranks ----
+
+
 def _bind_cpus(parallel: ParallelConfig) -> None:
     """Give every rank its CPUs where vLLM's automatic binding can't.
 
@@ -258,7 +309,7 @@ def usable_cpus(ranks: int) -> list[int]:
 
 
 def cpu_lists(ranks: int, cpus: list[int]) -> str:
-    """vLLM's form of one list of CPUs a rank, such as `0,1|2,3`. With fewer CPUs than ranks, ranks share."""
+    """vLLM's form of one list of CPUs per rank, such as `0,1|2,3`. With fewer CPUs than ranks, ranks share."""
     if len(cpus) < ranks:
         return "|".join(str(cpus[rank % len(cpus)]) for rank in range(ranks))
     starts = [rank * len(cpus) // ranks for rank in range(ranks + 1)]

@@ -5,16 +5,20 @@ here imports vLLM: the file is read before an engine exists, and by `vllm-easysp
 """
 
 import difflib
+import hashlib
 import json
+import logging
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
-from vllm_easyspec.drafter.plan import LayerPlan, Scope
+from vllm_easyspec.drafter.plan import DraftPlan, PlanTable, Scope, parse_grouping
 
 METHOD = "easyspec"
 OPTIONS_KEY = "easyspec"  # in vLLM's additional_config
@@ -23,7 +27,8 @@ LOOKAHEAD_HASH_KEY = "lookahead_sha256"  # beside the options there
 MlpMode = Literal["auto", "tensor", "replicate"]
 Calibration = Literal["every_round", "never"]
 GroupedAttention = Literal["auto", "backend", "xformers"]
-PlanTable = tuple[tuple[int | None, LayerPlan, Scope], ...]  # largest batch size (None: any), plan, scope; ascending
+
+logger = logging.getLogger("vllm.easyspec")
 
 # vLLM's speculative fields that easyspec refuses, with the reason and the remedy.
 REFUSED_FIELDS = {
@@ -75,6 +80,25 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+def _read_grouping(value: Any) -> Any:
+    """A plan as text; YAML reads `10` as a number, and lists are taken too."""
+    if isinstance(value, list | tuple) and all(type(size) is int for size in value):
+        value = "-".join(map(str, value))
+    elif type(value) is int:
+        value = str(value)
+    if not isinstance(value, str):
+        return value  # refused as no text
+    try:
+        parse_grouping(value)
+    except ValueError:
+        raise PydanticCustomError("plan", "it is not group sizes joined by dashes") from None
+    return value
+
+
+Grouping = Annotated[str, BeforeValidator(_read_grouping)]
+BY_RULE = {"group_size", "precise_head", "precise_tail"}
+
+
 class PlanConfig(_Strict):
     """One way to run the drafter's layers side by side."""
 
@@ -83,51 +107,78 @@ class PlanConfig(_Strict):
         description="'attention' (the attentions of a group side by side, its MLPs in order) or 'block' (then the MLPs "
         "side by side too: faster, less exact)",
     )
+    plan: Grouping | None = Field(
+        default=None,
+        description="the sizes of all groups in order, which must add up to the drafter's layers, such as 1-4-4-1; in "
+        "place of group_size, precise_head and precise_tail",
+    )
     group_size: int = Field(default=4, ge=1, description="layers in a group: an integer of at least 1, such as 4")
     precise_head: int = Field(
-        default=1, ge=0, description="first layers kept alone: an integer of at least 0, such as 1"
+        default=1, ge=0, description="first layers that run one after another: an integer of at least 0, such as 1"
     )
     precise_tail: int = Field(
-        default=1, ge=0, description="last layers kept alone: an integer of at least 0, such as 1"
+        default=1, ge=0, description="last layers that run one after another: an integer of at least 0, such as 1"
     )
     group_sizes: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
         default=None,
         min_length=1,
         strict=False,
-        description="the sizes of all groups in order, each an integer of at least 1, which must add up to the "
-        "drafter's layers, such as [1, 4, 4, 1]; in place of group_size, precise_head and precise_tail",
+        description="the earlier form of plan: a list of group sizes, each an integer of at least 1, such as "
+        "[1, 4, 4, 1]",
     )
 
     @model_validator(mode="after")
     def _one_way_to_group(self) -> "PlanConfig":
-        beside = sorted(self.model_fields_set & {"group_size", "precise_head", "precise_tail"})
-        if self.group_sizes is not None and beside:
+        given = [name for name in ("plan", "group_sizes") if getattr(self, name) is not None]
+        beside = [*given[1:], *sorted(self.model_fields_set & BY_RULE)]
+        if given and beside:
+            name = given[0]
+            value = self.plan if name == "plan" else list(self.group_sizes or ())
             raise ValueError(
-                f"group_sizes={list(self.group_sizes)} stands beside {', '.join(beside)}, and only one of the two ways "
-                f"is allowed. Remove group_sizes, or remove {' and '.join(beside)}"
+                f"{name}={value} stands beside {', '.join(beside)}, and only one way to group is allowed. Remove "
+                f"{name}, or remove {' and '.join(beside)}"
             )
+        if self.group_sizes is not None:
+            _warn_of_group_sizes()
         return self
 
-    def plan(self, num_layers: int, path: str = "layer_parallel") -> LayerPlan:
-        """The plan for a drafter of `num_layers` layers. Raises `ConfigError` where group_sizes don't add up.
+    @property
+    def sizes(self) -> tuple[int, ...] | None:
+        """The group sizes that were written, in either form."""
+        return self.group_sizes if self.plan is None else parse_grouping(self.plan)
+
+    def draft_plan(self, num_layers: int, path: str = "layer_parallel") -> DraftPlan:
+        """The plan for a drafter of `num_layers` layers. Raises `ConfigError` where the sizes don't add up.
 
         path: where this stands in the configuration, for the error.
         """
-        if self.group_sizes is None:
-            return LayerPlan.grouped(num_layers, self.group_size, self.precise_head, self.precise_tail)
+        if self.sizes is None:
+            return DraftPlan.grouped(num_layers, self.group_size, self.precise_head, self.precise_tail, self.scope)
+        name = "group_sizes" if self.plan is None else "plan"
         try:
-            return LayerPlan.of_sizes(num_layers, self.group_sizes)
+            return DraftPlan.of_sizes(num_layers, self.sizes, self.scope, f"{path}.{name}")
         except ValueError as error:
-            raise ConfigError(f"{path}.{error}") from error
+            raise ConfigError(str(error)) from error
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON that reads back to the same configuration."""
-        grouping = {"group_size", "precise_head", "precise_tail"} if self.group_sizes else {"group_sizes"}
-        return self.model_dump(mode="json", exclude=grouping)
+        """Plain JSON that reads back to the same plans."""
+        fields = self.model_dump(mode="json", exclude={"plan", "group_sizes", "by_batch_size"})
+        if self.sizes is None:
+            return fields
+        kept = {name: value for name, value in fields.items() if name not in BY_RULE}
+        return kept | {"plan": "-".join(map(str, self.sizes))}
+
+
+@cache
+def _warn_of_group_sizes() -> None:
+    """Once a process, however often a configuration is read."""
+    logger.warning(
+        "easyspec: group_sizes is now called plan: write plan: 1-4-4-1 in place of group_sizes: [1, 4, 4, 1]"
+    )
 
 
 class BatchSizePlanConfig(PlanConfig):
-    """A plan for a range of batch sizes, from above the entry before to `up_to`."""
+    """A plan and a K for a range of batch sizes, from above the entry before to `up_to`."""
 
     up_to: int | None = Field(
         default=None,
@@ -135,6 +186,26 @@ class BatchSizePlanConfig(PlanConfig):
         description="the largest batch size of the entry: an integer of at least 1, such as 4; only the last entry may "
         "go without",
     )
+    num_speculative_tokens: int | None = Field(
+        default=None,
+        ge=0,
+        description="K at these batch sizes: an integer of at least 0 (no drafts) and at most "
+        "the num_speculative_tokens of all; left out, that one",
+    )
+
+    @property
+    def has_plan(self) -> bool:
+        """False for an entry that only sets K, whose plan is the one beside the table."""
+        return self.num_speculative_tokens is None or bool(
+            self.model_fields_set & {"scope", "plan", "group_sizes", *BY_RULE}
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        fields = super().to_json() if self.has_plan else {"up_to": self.up_to}
+        num_drafts = self.num_speculative_tokens
+        return {name: value for name, value in fields.items() if name != "num_speculative_tokens"} | (
+            {} if num_drafts is None else {"num_speculative_tokens": num_drafts}
+        )
 
 
 class LayerParallelConfig(PlanConfig):
@@ -148,8 +219,8 @@ class LayerParallelConfig(PlanConfig):
     by_batch_size: tuple[BatchSizePlanConfig, ...] = Field(
         default=(),
         strict=False,
-        description="a list of plans for ranges of batch sizes, such as [{up_to: 4, scope: block, group_size: 8}]; "
-        "larger batches take the plan beside the list",
+        description="a list of plans and K for ranges of batch sizes, such as [{up_to: 4, scope: block, plan: 1-8-1, "
+        "num_speculative_tokens: 3}]; larger batches take the plan and the K beside the list",
     )
 
     @model_validator(mode="after")
@@ -169,27 +240,34 @@ class LayerParallelConfig(PlanConfig):
         return self
 
     def plan_table(self, num_layers: int) -> PlanTable:
-        """`by_batch_size` for a drafter of `num_layers` layers. Raises `ConfigError` where group_sizes don't add up."""
-        return tuple(
-            (entry.up_to, entry.plan(num_layers, f"layer_parallel.by_batch_size[{index}]"), entry.scope)
-            for index, entry in enumerate(self.by_batch_size)
+        """The plans of all batch sizes for a drafter of `num_layers` layers.
+
+        Raises `ConfigError` where the sizes of some plan, used or not, don't add up.
+        """
+        beyond = self.draft_plan(num_layers)
+        return PlanTable.of(
+            beyond,
+            [
+                (
+                    entry.up_to,
+                    entry.draft_plan(num_layers, f"layer_parallel.by_batch_size[{index}]")
+                    if entry.has_plan
+                    else beyond,
+                )
+                for index, entry in enumerate(self.by_batch_size)
+            ],
         )
 
-    def all_plans(self, num_layers: int) -> list[LayerPlan]:
-        """Every plan that some batch size takes. Raises `ConfigError` as `plan` does."""
-        return [self.plan(num_layers), *(plan for _, plan, _ in self.plan_table(num_layers))]
-
     def to_json(self) -> dict[str, Any]:
-        fields = super().to_json()
-        del fields["by_batch_size"]
-        return fields | ({"by_batch_size": [p.to_json() for p in self.by_batch_size]} if self.by_batch_size else {})
+        table = [entry.to_json() for entry in self.by_batch_size]
+        return super().to_json() | ({"by_batch_size": table} if table else {})
 
 
 class RuntimeOptions(_Strict):
     """What the worker needs beyond vLLM's own speculative configuration; travels in `additional_config`."""
 
     layer_parallel: LayerParallelConfig = Field(
-        default=LayerParallelConfig(), description="a mapping with scope, group_size and so on"
+        default=LayerParallelConfig(), description="a mapping with scope, plan and so on"
     )
     calibration: Calibration = Field(
         default="every_round",
@@ -242,7 +320,7 @@ class EasySpecConfig(RuntimeOptions):
     method: Literal["easyspec"] = Field(description="'easyspec'")
     model: str = Field(min_length=1, description="the drafter: a folder, or a name on the Hugging Face hub")
     num_speculative_tokens: int = Field(
-        ge=1, description="tokens drafted a round (K): an integer of at least 1, such as 5"
+        ge=1, description="tokens drafted per round (K): an integer of at least 1, such as 5"
     )
 
     # vLLM's own fields, passed through as they are.
@@ -272,16 +350,60 @@ class EasySpecConfig(RuntimeOptions):
     )
     num_speculative_tokens_per_batch_size: list[list[int]] | None = Field(
         default=None,
-        description="[first batch size, last batch size, K] for ranges of batch sizes, such as [[1, 8, 5]]",
+        description="vLLM's own form of K by batch size: [first batch size, last batch size, K] for each range, such "
+        "as [[1, 8, 5]]; or give num_speculative_tokens in layer_parallel.by_batch_size",
     )
     use_local_argmax_reduction: bool | None = Field(
         default=None,
-        description="true (greedy drafts are found on each rank's part of the vocabulary, two numbers a rank) or false "
-        "(logits are gathered); left out, true with greedy drafts",
+        description="true (greedy drafts are found on each rank's part of the vocabulary, two numbers per rank) or "
+        "false (logits are gathered); left out, true with greedy drafts",
     )
     draft_load_config: dict[str, Any] | None = Field(
         default=None, description="a mapping of vLLM's LoadConfig for the drafter, such as {load_format: dummy}"
     )
+
+    @model_validator(mode="after")
+    def _one_table_of_k(self) -> "EasySpecConfig":
+        table, max_drafts = self.layer_parallel.by_batch_size, self.num_speculative_tokens
+        given = [(i, entry.num_speculative_tokens) for i, entry in enumerate(table)]
+        for index, num_drafts in given:
+            if num_drafts is None:
+                continue
+            name = f"layer_parallel.by_batch_size[{index}].num_speculative_tokens={num_drafts}"
+            if self.num_speculative_tokens_per_batch_size is not None:
+                raise ValueError(
+                    f"{name} stands beside num_speculative_tokens_per_batch_size="
+                    f"{self.num_speculative_tokens_per_batch_size}, and only one of the two may set K by batch size. "
+                    "Remove num_speculative_tokens_per_batch_size, or num_speculative_tokens from all entries of "
+                    "by_batch_size"
+                )
+            if num_drafts > max_drafts:
+                raise ValueError(
+                    f"{name} is more than num_speculative_tokens={max_drafts}, the most that a round may draft. Raise "
+                    "that one, or lower this one"
+                )
+        return self
+
+    def drafts_by_batch_size(self) -> list[list[int]] | None:
+        """vLLM's table of K, `[first batch size, last batch size, K]` a range; None where K is always the same."""
+        table = self.layer_parallel.by_batch_size
+        if all(entry.num_speculative_tokens is None for entry in table):
+            return self.num_speculative_tokens_per_batch_size
+        max_drafts, first, ranges = self.num_speculative_tokens, 1, []
+        for entry in table:
+            num_drafts = max_drafts if entry.num_speculative_tokens is None else entry.num_speculative_tokens
+            ranges.append([first, entry.up_to or first, num_drafts])
+            first = ranges[-1][1] + 1
+        if table[-1].up_to is not None:
+            ranges.append([first, first, max_drafts])  # vLLM carries the last K on
+        return ranges
+
+    def num_drafts_at(self, batch_size: int) -> int:
+        """K of a round of `batch_size` requests, as vLLM's scheduler chooses it."""
+        chosen = [
+            num_drafts for first, _, num_drafts in sorted(self.drafts_by_batch_size() or []) if first <= batch_size
+        ]
+        return min([self.num_speculative_tokens, *chosen[-1:]])
 
     @classmethod
     def parse(cls, value: str | Path | Mapping[str, Any], source: str = "") -> "EasySpecConfig":
@@ -303,7 +425,14 @@ class EasySpecConfig(RuntimeOptions):
     def draft_model(self) -> dict[str, Any]:
         """The speculative configuration of vLLM's own `draft_model` with this drafter, K and vLLM's fields."""
         ours = set(RuntimeOptions.model_fields) | {"method"}
-        return {"method": "draft_model", **self.model_dump(mode="json", exclude=ours, exclude_none=True)}
+        fields = {"method": "draft_model", **self.model_dump(mode="json", exclude=ours, exclude_none=True)}
+        table = self.drafts_by_batch_size()
+        return fields if table is None else fields | {"num_speculative_tokens_per_batch_size": table}
+
+    def to_dict(self) -> dict[str, Any]:
+        """A `speculative_config` that reads back to this configuration."""
+        ours = set(RuntimeOptions.model_fields)
+        return self.model_dump(mode="json", exclude=ours, exclude_none=True) | self.to_json()
 
     def to_vllm(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """vLLM's own speculative configuration, and the options that go to `additional_config["easyspec"]`."""
@@ -314,10 +443,8 @@ class EasySpecConfig(RuntimeOptions):
         options = RuntimeOptions(**{name: getattr(self, name) for name in RuntimeOptions.model_fields}).to_json()
         if self.lookahead is None:
             return fields, options
-        from vllm_easyspec.lookahead import content_hash
-
-        # vLLM tells configurations apart by a hash of the options, and a path says nothing of what lies there.
-        return fields, options | {LOOKAHEAD_HASH_KEY: content_hash(self.lookahead)}
+        # vLLM distinguishes configurations by a hash of the options, and a path doesn't change with the file's content.
+        return fields, options | {LOOKAHEAD_HASH_KEY: _content_hash(self.lookahead)}
 
     def check_model(self) -> None:
         """Raise `ConfigError` where `model` is a path on this machine without a model behind it."""
@@ -401,7 +528,7 @@ def _mapping(config: Any, source: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ConfigError(
             f"{source} holds {type(config).__name__} {config!r} where a mapping of fields is needed. Write "
-            "method: easyspec, model: ..., num_speculative_tokens: 5, one a line"
+            "method: easyspec, model: ..., num_speculative_tokens: 5, one per line"
         )
     return config
 
@@ -409,6 +536,18 @@ def _mapping(config: Any, source: str) -> dict[str, Any]:
 def _looks_like_path(model: str) -> bool:
     """Names on the hub are `name` or `owner/name`; remote stores have a scheme."""
     return "://" not in model and (model.startswith(("/", ".", "~")) or model.count("/") > 1 or model.endswith("/"))
+
+
+def _content_hash(path: str) -> str:
+    """Of the file of look-ahead maps. Raises `ConfigError` for a file that can't be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(
+            f"lookahead={path!r} can't be read: {error.strerror}. Give a file that vllm-easyspec fit wrote (a path "
+            "that begins with ./ or ../ in a file counts from that file's folder), or remove it"
+        ) from error
 
 
 def _refuse_known_fields(fields: Mapping[str, Any], prefix: str) -> None:

@@ -8,6 +8,7 @@ from vllm_easyspec import support
 from vllm_easyspec.config import ConfigError, EasySpecConfig
 from vllm_easyspec.drafter.architectures import DrafterShape
 from vllm_easyspec.drafter.placement import LayerPlacement, MlpPlacement, choose_mlp
+from vllm_easyspec.drafter.plan import PlanTable
 from vllm_easyspec.lookahead import check_lookahead
 from vllm_easyspec.versions import Support, installed, require_supported, vllm_version
 
@@ -59,10 +60,7 @@ def diagnose(
         raise ConfigError(f"tensor_parallel_size={num_ranks} is not allowed. Give a number of ranks of at least 1")
     config.check_model()
     shape = support.read_drafter(config.model, config.revision, config.code_revision)
-    plan = config.layer_parallel.plan(shape.num_layers)
-    scope = config.layer_parallel.scope
-    table = config.layer_parallel.plan_table(shape.num_layers)
-    plans = config.layer_parallel.all_plans(shape.num_layers)
+    plans = config.layer_parallel.plan_table(shape.num_layers)
     vocabulary = _vocabulary(shape, target)
     # A drafter takes the target's type, and `auto` loads float32 checkpoints at 16 bits too.
     itemsize = 4 if dtype == "float32" else 2
@@ -71,15 +69,13 @@ def diagnose(
     placement = LayerPlacement(shape.num_layers, num_ranks)
     maps = "none"
     if config.lookahead is not None:
-        maps = check_lookahead(config.lookahead, config.model, config.revision, shape, plans).describe()
+        maps = check_lookahead(config.lookahead, config.model, config.revision, shape, plans.plans).describe()
     return [
         f"drafter     {config.model}: {shape.architecture}, {shape.num_layers} layers, {shape.num_heads} heads, "
         f"{shape.num_kv_heads} K/V heads of {shape.head_dim}, hidden {shape.hidden_size}, vocabulary "
         f"{shape.vocab_size}",
-        f"drafting    {config.num_speculative_tokens} tokens a round, calibration {config.calibration}",
-        f"plan        {plan}, scope {scope}: {plan.sequential_steps(scope)} sublayers one after another where the "
-        f"precise pass has {2 * shape.num_layers}",
-        *(f"by batch    {f'up to {up_to}' if up_to else 'beyond'}: {p}, scope {s}" for up_to, p, s in table),
+        f"drafting    {config.num_speculative_tokens} tokens per round, calibration {config.calibration}",
+        *_plan_lines(plans, config),
         f"lookahead   {maps}",
         f"MLPs        {mlp.value} ({config.layer_parallel.mlp}, on {device})",
         *_rank_lines(shape, placement, mlp, itemsize),
@@ -89,6 +85,20 @@ def diagnose(
     ]
 
 
+def _plan_lines(plans: PlanTable, config: EasySpecConfig) -> Iterator[str]:
+    """The plan of the largest batches, then all of them where batch sizes differ."""
+    plan = plans.largest
+    yield (
+        f"plan        {plan.grouping}, scope {plan.scope}: {plan.sequential_steps} sublayers one after another where "
+        f"the precise pass has {2 * plan.num_layers}"
+    )
+    first = 1
+    for entry in plans.ranges if len(plans.ranges) > 1 else ():
+        sizes = f"up to {entry.up_to}" if entry.up_to else "beyond"
+        yield f"by batch    {sizes}: {entry.plan.grouping}, scope {entry.plan.scope}, K={config.num_drafts_at(first)}"
+        first = (entry.up_to or first) + 1
+
+
 def _rank_lines(shape: DrafterShape, placement: LayerPlacement, mlp: MlpPlacement, itemsize: int) -> Iterator[str]:
     for rank in range(placement.num_ranks):
         memory = rank_memory(shape, placement, mlp, rank, itemsize)
@@ -96,7 +106,7 @@ def _rank_lines(shape: DrafterShape, placement: LayerPlacement, mlp: MlpPlacemen
         yield (
             f"rank {rank:<6} attention of layers {layers}; weights {_mebibytes(memory.weights)} (attention "
             f"{_mebibytes(memory.attention)}, MLPs {_mebibytes(memory.mlp)}, embedding and LM head "
-            f"{_mebibytes(memory.embedding)}); K/V {memory.kv_per_token} bytes a token"
+            f"{_mebibytes(memory.embedding)}); K/V {memory.kv_per_token} bytes per token"
         )
 
 

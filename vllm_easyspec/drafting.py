@@ -16,13 +16,14 @@ from vllm_easyspec.batch import DraftBatch
 from vllm_easyspec.calibration import CalibrationLayout, CalibrationScheduler, CalibrationStep
 from vllm_easyspec.drafter.model import LayerParallelDrafter
 from vllm_easyspec.drafter.paged_kv import DecodePass, PagedKV, PagedPass
-from vllm_easyspec.drafter.plan import LayerPlan, Scope
+from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.graphs import DraftGraph, DraftGraphs
 from vllm_easyspec.metrics import PassCounters
-from vllm_easyspec.unread import Span
+from vllm_easyspec.uncalibrated import Span
 
-# Samples draft `index` of the first `reqs` requests from their hidden states: (index, hidden, positions, reqs).
-Sample = Callable[[int, torch.Tensor, torch.Tensor, int], None]
+# Samples draft `index` of the first `num_reqs` requests: (index, hidden states, positions, num_reqs, test_room).
+# test_room: some position may lie beyond the drafter's context, where there is nothing to sample.
+Sample = Callable[[int, torch.Tensor, torch.Tensor, int, bool], None]
 
 
 class DraftLoop:
@@ -43,7 +44,7 @@ class DraftLoop:
         self.block_table = block_table
         self.draft_tokens = draft_tokens
         self.sample = sample
-        self.precise = LayerPlan.precise(model.shape.num_layers)
+        self.precise = DraftPlan.precise(model.shape.num_layers)
         max_reqs, max_drafts = draft_tokens.shape
         device = draft_tokens.device
         self.positions = torch.zeros(max_reqs, dtype=torch.int64, device=device)  # of the newest token or draft
@@ -53,43 +54,44 @@ class DraftLoop:
         # Final hidden states of the newest tokens, which the first step's look-ahead maps read.
         self.newest = torch.zeros(max_reqs, model.shape.hidden_size, dtype=model.dtype, device=device)
         self.read_ids = torch.zeros(max_reqs * (max_drafts + 1), dtype=torch.int32, device=device)
-        self.layouts: dict[tuple[int, int], CalibrationLayout] = {}  # of graphs, which read them: (requests, rows)
+        self.no_requests = torch.full((max_reqs,), -1, dtype=torch.int64, device=device)  # a graph knows none of vLLM's
+        self.layouts: dict[tuple[int, int], CalibrationLayout] = {}  # of graphs, which read them: (requests, query_len)
 
     # ---- eager ----
 
-    def calibrate(self, batch: DraftBatch, ablation: tuple[LayerPlan, Scope] | None = None) -> None:
+    def calibrate(self, batch: DraftBatch, test_room: bool = False, ablation: DraftPlan | None = None) -> None:
         """One precise pass over the new tokens, then draft 1. ablation: a plan for the generated ones instead."""
-        self.positions[batch.num_reqs :] = -1  # rows that a draft graph may add
+        self.positions[batch.num_reqs :] = -1  # requests that may pad a draft graph
         self.live[batch.num_reqs :] = False
-        # Padding rows may reach past the longest request, hence the further columns.
+        # Padding tokens may reach past the longest request, hence the further columns.
         further = 1 + self.draft_tokens.shape[1] // self.pages.block_size
         batch = replace(batch, block_table=torch.nn.functional.pad(batch.block_table, (0, further)))
         step = self.calibration.plan(batch)
         if ablation is None or batch.prefilling.all():
-            hidden = self._pass(step, self.precise, "attention")
+            hidden = self._pass(step, self.precise)
         elif not batch.prefilling.any():
-            hidden = self._pass(step, *ablation)
+            hidden = self._pass(step, ablation)
         else:  # prompts are read precisely, generated tokens keep fuzzy K/V
-            precise = self._pass(self.calibration.only(step, batch, prefilling=True), self.precise, "attention")
-            fuzzy = self._pass(self.calibration.only(step, batch, prefilling=False), *ablation)
+            precise = self._pass(self.calibration.only(step, batch, prefilling=True), self.precise)
+            fuzzy = self._pass(self.calibration.only(step, batch, prefilling=False), ablation)
             prefilling = torch.from_numpy(batch.prefilling).to(precise.device)
             hidden = torch.where(prefilling.unsqueeze(1), precise, fuzzy)
-        self._first_draft(batch, step, hidden)
+        self._first_draft(batch, step, hidden, test_room)
 
     def catch_up(self, batch: DraftBatch, spans: Sequence[Span], token_ids: torch.Tensor) -> torch.Tensor:
-        """Read tokens of earlier rounds precisely. Returns their slots. token_ids: by request state row."""
+        """Read tokens of earlier rounds precisely. Returns their slots. token_ids: as in `catching_up`."""
         input_ids, sequences = self.calibration.catching_up(batch, spans, token_ids)
-        self.model(input_ids, self.precise, "attention", PagedPass(self.pages, sequences))
+        self.model(input_ids, self.precise, PagedPass(self.pages, sequences))
         return sequences.slots
 
     def draft(
         self,
         num_reqs: int,
         num_drafts: int,
-        plan: LayerPlan,
-        scope: Scope,
+        plan: DraftPlan,
         max_seq_len: int,
         lookahead: bool = False,
+        test_room: bool = False,
     ) -> None:
         """Drafts 2 to `num_drafts`. max_seq_len: bound on the sequence lengths; lookahead: take the maps."""
         positions = self.positions[:num_reqs]
@@ -105,23 +107,23 @@ class DraftLoop:
         hidden = self.newest[:num_reqs]
         for index in range(1, num_drafts):
             attention.advance(self.draft_tokens[:num_reqs, index - 1])
-            hidden = self.model(attention.input_ids, plan, scope, attention, hidden if lookahead else None)
-            self.sample(index, hidden, positions, num_reqs)
+            hidden = self.model(attention.input_ids, plan, attention, hidden if lookahead else None)
+            self.sample(index, hidden, positions, num_reqs, test_room)
 
-    def _pass(self, step: CalibrationStep, plan: LayerPlan, scope: Scope) -> torch.Tensor:
+    def _pass(self, step: CalibrationStep, plan: DraftPlan) -> torch.Tensor:
         """Hidden states of the newest tokens, `[reqs, hidden]`."""
-        return self.model(step.input_ids, plan, scope, PagedPass(self.pages, step.sequences))[step.newest_rows]
+        return self.model(step.input_ids, plan, PagedPass(self.pages, step.sequences))[step.newest_indices]
 
-    def _first_draft(self, batch: DraftBatch, step: CalibrationStep, hidden: torch.Tensor) -> None:
+    def _first_draft(self, batch: DraftBatch, step: CalibrationStep, hidden: torch.Tensor, test_room: bool) -> None:
         self.positions[: batch.num_reqs] = step.newest_positions
         self.live[: batch.num_reqs] = batch.sampled & (not batch.dummy)
         self.newest[: batch.num_reqs] = hidden
         if batch.num_drafts > 0:
-            self.sample(0, hidden, step.newest_positions, batch.num_reqs)
+            self.sample(0, hidden, step.newest_positions, batch.num_reqs, test_room)
 
     # ---- from graphs ----
 
-    def record(self, graphs: DraftGraphs, wanted: list[DraftGraph]) -> None:
+    def record(self, graphs: DraftGraphs, wanted: list[DraftGraph], test_room: bool = False) -> None:
         """Capture the graphs. No page is written: no request is live while they are recorded."""
         self.positions.fill_(-1)
         self.live.zero_()
@@ -129,33 +131,33 @@ class DraftLoop:
         for graph in wanted:
             if graph.stage == "calibrate":
                 self._layout(graph)  # copied from the host, so before the capture
-        graphs.record(wanted, self._run)
+        graphs.record(wanted, lambda graph: self._run(graph, test_room))
 
     def load(self, batch: DraftBatch, graph: DraftGraph) -> None:
-        """Put what a calibration graph reads where it reads it; the rows that it adds hold nothing, at position -1."""
-        reqs, rows = batch.num_reqs, batch.num_reqs * graph.read
+        """Put what a calibration graph reads where it reads it. Requests that pad the graph have position -1."""
+        reqs, tokens = batch.num_reqs, batch.num_reqs * graph.query_len
         fields = (batch.start_positions, batch.num_valid, batch.sampled.long(), batch.newest)
         torch.stack(fields, out=self.requests[:, :reqs])
         self.requests[:, reqs : graph.num_reqs] = 0
-        self.read_ids[:rows] = batch.input_ids[:rows]
+        self.read_ids[:tokens] = batch.input_ids[:tokens]
 
-    def _run(self, graph: DraftGraph) -> PassCounters:
+    def _run(self, graph: DraftGraph, test_room: bool) -> PassCounters:
         self.model.counters = PassCounters()
         reqs, max_len = graph.num_reqs or 0, self.calibration.max_len
         if graph.stage == "calibrate":
             batch, layout = self._graph_batch(graph), self._layout(graph)
             step = self.calibration.plan(batch, layout)
-            self._first_draft(batch, step, self._pass(step, self.precise, "attention"))
+            self._first_draft(batch, step, self._pass(step, self.precise), test_room)
         else:
-            plan, scope = graph.plan, graph.scope
-            self.draft(reqs, graph.num_drafts, plan, scope, max_len, graph.lookahead)  # type: ignore[arg-type]
+            assert graph.plan is not None
+            self.draft(reqs, graph.num_drafts, graph.plan, max_len, graph.lookahead, test_room)
         counted, self.model.counters = self.model.counters, PassCounters()  # later passes count elsewhere
         return counted
 
     def _layout(self, graph: DraftGraph) -> CalibrationLayout:
-        key = graph.num_reqs or 0, graph.read
+        key = graph.num_reqs or 0, graph.query_len
         if key not in self.layouts:
-            query_lens = np.full(key[0], graph.read, dtype=np.int32)
+            query_lens = np.full(key[0], graph.query_len, dtype=np.int32)
             self.layouts[key] = self.calibration.layout(query_lens, np.zeros(key[0], dtype=bool))
         return self.layouts[key]
 
@@ -167,15 +169,15 @@ class DraftLoop:
         return DraftBatch(
             num_reqs=reqs,
             num_drafts=graph.num_drafts,
-            idx_mapping=live,  # not read
-            input_ids=self.read_ids[: reqs * graph.read],
-            query_starts=torch.arange(reqs, device=live.device) * graph.read,
+            idx_mapping=self.no_requests[:reqs],
+            input_ids=self.read_ids[: reqs * graph.query_len],
+            query_starts=torch.arange(reqs, device=live.device) * graph.query_len,
             start_positions=start_positions,
             num_valid=num_valid,
             sampled=live,
             newest=newest,
             block_table=torch.where(live.unsqueeze(1), self.block_table[:reqs], 0),
-            query_lens=np.full(reqs, graph.read, dtype=np.int32),
+            query_lens=np.full(reqs, graph.query_len, dtype=np.int32),
             prefilling=np.zeros(reqs, dtype=bool),
             seq_lens_bound=np.full(reqs, self.calibration.max_len - 1, dtype=np.int32),
             dummy=False,

@@ -1,16 +1,26 @@
-"""CUDA graphs of the passes of a round, captured and kept by vLLM's own manager."""
+"""CUDA graphs of the passes of a round, kept by vLLM's own manager: what to capture, and which graph fits a round."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.distributed import get_tp_group
+from vllm.logger import init_logger
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.worker.gpu.attn_utils import AttentionCGSupportInfo
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 
-from vllm_easyspec.drafter.plan import LayerPlan, Scope
+from vllm_easyspec.batch import DraftBatch, DraftBounds
+from vllm_easyspec.drafter.plan import DraftPlan
+from vllm_easyspec.drafter.xformers_attention import is_chosen as is_xformers
 from vllm_easyspec.metrics import PassCounters
+from vllm_easyspec.settings import DraftSettings
+
+logger = init_logger("vllm.easyspec")
 
 Stage = Literal["calibrate", "draft"]
 
@@ -20,27 +30,24 @@ class DraftGraph(BatchExecutionDescriptor):
     """What one graph holds: a stage of a round for `num_reqs` requests, padding included."""
 
     stage: Stage = "draft"
-    read: int = 1  # calibrate: rows a request
+    query_len: int = 1  # calibrate: tokens that the target read of each request
     num_drafts: int = 1  # draft: K of the round; calibrate: 1, the first draft
-    plan: LayerPlan | None = None  # draft
-    scope: Scope | None = None  # draft
+    plan: DraftPlan | None = None  # draft
     lookahead: bool = False  # draft
 
     @classmethod
-    def calibrate(cls, num_reqs: int, read: int) -> "DraftGraph":
-        return cls(CUDAGraphMode.FULL, num_tokens=num_reqs * read, num_reqs=num_reqs, stage="calibrate", read=read)
+    def calibrate(cls, num_reqs: int, query_len: int) -> "DraftGraph":
+        tokens = num_reqs * query_len
+        return cls(CUDAGraphMode.FULL, num_tokens=tokens, num_reqs=num_reqs, stage="calibrate", query_len=query_len)
 
     @classmethod
-    def draft(
-        cls, num_reqs: int, num_drafts: int, plan: LayerPlan, scope: Scope, lookahead: bool = False
-    ) -> "DraftGraph":
+    def draft(cls, num_reqs: int, num_drafts: int, plan: DraftPlan, lookahead: bool = False) -> "DraftGraph":
         return cls(
             CUDAGraphMode.FULL,
             num_tokens=num_reqs,
             num_reqs=num_reqs,
             num_drafts=num_drafts,
             plan=plan,
-            scope="attention" if plan.is_precise else scope,
             lookahead=lookahead and not plan.is_precise,
         )
 
@@ -59,6 +66,8 @@ class DraftGraphs(CudaGraphManager):
         self.sizes = sorted(sizes | {min(self.max_num_reqs, self.max_tokens)}) if sizes else []
         self.counters: dict[BatchExecutionDescriptor, PassCounters] = {}
 
+    # ---- which graph fits ----
+
     def padded(self, num_reqs: int) -> int:
         """The capture size for `num_reqs` requests; 0 where there is none."""
         return next((size for size in self.sizes if size >= num_reqs), 0)
@@ -66,6 +75,40 @@ class DraftGraphs(CudaGraphManager):
     def padded_to(self, size: int) -> range:
         """The numbers of requests that take this capture size."""
         return range(max((smaller for smaller in self.sizes if smaller < size), default=0) + 1, size + 1)
+
+    def for_calibration(self, batch: DraftBatch, settings: DraftSettings, bounds: DraftBounds) -> DraftGraph | None:
+        """The captured graph for a batch whose requests all decode, with as many tokens each, and are to draft."""
+        query_len = int(batch.query_lens[0])
+        is_uniform = not batch.prefilling.any() and (batch.query_lens == query_len).all()
+        if not is_uniform or batch.num_drafts == 0 or settings.calibration == "never" or not bounds.has_room(batch):
+            return None
+        return self._captured(batch, DraftGraph.calibrate(self.padded(batch.num_reqs), query_len))
+
+    def for_drafting(self, batch: DraftBatch, settings: DraftSettings, bounds: DraftBounds) -> DraftGraph | None:
+        """The captured graph for the batch's fuzzy steps."""
+        if not bounds.has_room(batch) and not bounds.graphs_test_room:
+            return None
+        size, plan = self.padded(batch.num_reqs), settings.plans.at(batch.num_reqs)
+        return self._captured(batch, DraftGraph.draft(size, batch.num_drafts, plan, settings.lookahead))
+
+    def _captured(self, batch: DraftBatch, graph: DraftGraph) -> DraftGraph | None:
+        return graph if graph in self.graphs and not batch.dummy else None
+
+    def wanted(
+        self, batch_sizes: Collection[int], num_drafts: Collection[int], settings: DraftSettings
+    ) -> list[DraftGraph]:
+        """The graphs that rounds of these batch sizes and of these K may take."""
+        wanted: dict[DraftGraph, None] = {}
+        sizes = {self.padded(size) for size in batch_sizes} - {0}
+        for size, k in product(sizes, num_drafts):
+            if size * (k + 1) <= self.max_tokens:
+                wanted[DraftGraph.calibrate(size, k + 1)] = None
+            if k > 1:
+                for plan in dict.fromkeys(map(settings.plans.at, self.padded_to(size))):
+                    wanted[DraftGraph.draft(size, k, plan, settings.lookahead)] = None
+        return list(wanted)
+
+    # ---- capture and replay ----
 
     def record(self, wanted: Iterable[DraftGraph], run: Callable[[DraftGraph], PassCounters]) -> None:
         """Capture what is not captured yet. run: the graph's passes; returns what they counted."""
@@ -88,3 +131,35 @@ class DraftGraphs(CudaGraphManager):
         """Returns what the graph's passes count."""
         self.run_fullgraph(graph)
         return self.counters[graph]
+
+
+def open_graphs(
+    vllm_config: VllmConfig,
+    draft_vllm_config: VllmConfig,
+    device: torch.device,
+    target_mode: CUDAGraphMode,
+    support: AttentionCGSupportInfo,
+    refreshes_metadata: bool,
+) -> DraftGraphs | None:
+    """An empty manager, or None where a rank of the drafter can't be captured. All ranks must call it together.
+
+    target_mode: of the target's graphs; support: of the drafter's attention on this rank; refreshes_metadata: whether
+    that attention renews its metadata on the device.
+    """
+    reason = None
+    if target_mode.decode_mode() != CUDAGraphMode.FULL:
+        reason = f"vLLM's cudagraph_mode is {target_mode.name}"
+    elif is_xformers(draft_vllm_config):
+        reason = "xformers' metadata is copied from the host"
+    elif support.min_cg_support.value < AttentionCGSupport.UNIFORM_BATCH.value:
+        reason = f"the attention backend {support.min_cg_attn_backend} can't be captured for it"
+    elif not refreshes_metadata:
+        reason = "the attention backend can't refresh its metadata on the device"
+    # A rank without a drafter layer has no backend that could object; captures hold collectives, so all or none.
+    reasons: list[str | None] = [None] * get_tp_group().world_size
+    torch.distributed.all_gather_object(reasons, reason, group=get_tp_group().cpu_group)
+    objection = next(filter(None, reasons), None)
+    if objection is None:
+        return DraftGraphs(vllm_config, device, CUDAGraphMode.FULL_DECODE_ONLY)
+    logger.info_once("easyspec: the drafter runs without CUDA graphs, since %s.", objection)
+    return None

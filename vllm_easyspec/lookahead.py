@@ -27,7 +27,7 @@ from torch import nn
 from vllm_easyspec.config import ConfigError
 from vllm_easyspec.drafter.architectures import DrafterShape
 from vllm_easyspec.drafter.placement import LayerPlacement
-from vllm_easyspec.drafter.plan import LayerPlan
+from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.ops import WHY_NOT_NATIVE, group_features, look_ahead
 
 FORMAT = "vllm_easyspec look-ahead maps, 2"
@@ -104,14 +104,14 @@ class LookaheadFile:
                 )
         return cls(path, metadata["drafter"], reach, rank, hidden, metadata)
 
-    def check_plan(self, plan: LayerPlan) -> None:
+    def check_plan(self, plan: DraftPlan) -> None:
         """Raise `ConfigError` where a group of the plan has layers without maps."""
         for group in plan.groups:
             if group[-1] > self.reach.get(group.start, group.start):
                 raise ConfigError(
                     f"lookahead={self.path!r} has no maps for layers {list(group[1:])} in the group that starts at "
-                    f"layer {group.start} of plan {plan}. Fit them (vllm-easyspec fit --plans {plan}), choose a plan "
-                    "that the file covers, or remove lookahead"
+                    f"layer {group.start} of plan {plan.grouping}. Fit them (vllm-easyspec fit --plans "
+                    f"{plan.grouping}), choose a plan that the file covers, or remove lookahead"
                 )
 
     def check_drafter(self, folder: Path, shape: DrafterShape) -> None:
@@ -128,7 +128,7 @@ class LookaheadFile:
 
 
 def check_lookahead(
-    path: str, model: str, revision: str | None, shape: DrafterShape, plans: Iterable[LayerPlan]
+    path: str, model: str, revision: str | None, shape: DrafterShape, plans: Iterable[DraftPlan]
 ) -> LookaheadFile:
     """Raise `ConfigError` where the file can't serve this drafter and these plans.
 
@@ -141,18 +141,6 @@ def check_lookahead(
     for plan in plans:
         file.check_plan(plan)
     return file
-
-
-def content_hash(path: str) -> str:
-    """Raises `ConfigError` for a file that can't be read."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ConfigError(
-            f"lookahead={path!r} can't be read: {error.strerror}. Give a file that vllm-easyspec fit wrote (a path "
-            "that begins with ./ or ../ in a file counts from that file's folder), or remove it"
-        ) from error
 
 
 def _sizes(reach: Mapping[int, int], rank: int, hidden: int) -> dict[str, tuple[int, ...]]:
@@ -188,7 +176,7 @@ class LookaheadMaps(nn.Module):
     """A rank's maps: attention maps for its own layers, MLP maps for all.
 
     A tensor-parallel MLP needs its whole input on every rank, so the MLP maps are replicated: cutting them would cost a
-    collective a group to save a thin product. The first layer of a group reads the group's input and has no map.
+    collective per group to save a thin product. The first layer of a group reads the group's input and has no map.
     """
 
     def __init__(
@@ -229,8 +217,8 @@ class LookaheadMaps(nn.Module):
 
     def of_group(self, start: int, h: torch.Tensor, previous: torch.Tensor) -> "GroupLookahead":
         """For a group from layer `start` on with input h; previous: the final hidden states of the tokens before."""
-        known = group_features(h, previous, EPS)
-        return GroupLookahead(self.attention[start], self.mlp[start], h, known, start in self.own_layers)
+        features = group_features(h, previous, EPS)
+        return GroupLookahead(self.attention[start], self.mlp[start], h, features, start in self.own_layers)
 
 
 @dataclass(slots=True)
@@ -240,7 +228,7 @@ class GroupLookahead:
     attention: StackedMaps
     mlp: StackedMaps
     h: torch.Tensor  # [tokens, hidden]
-    known: torch.Tensor  # [tokens, 4 * hidden]
+    features: torch.Tensor  # [tokens, 4 * hidden]
     owns_first: bool  # whether the attention of the group's first layer is this rank's
 
     def attention_inputs(self, layers: int) -> torch.Tensor:
@@ -254,10 +242,10 @@ class GroupLookahead:
         return self._corrected(self.mlp, prefixes, prefixes.shape[0], True)
 
     def _corrected(self, maps: StackedMaps, x: torch.Tensor, layers: int, first: bool) -> torch.Tensor:
-        return look_ahead(x, self.known, maps.down, maps.up, maps.bias, layers, first, EPS)
+        return look_ahead(x, self.features, maps.down, maps.up, maps.bias, layers, first, EPS)
 
 
-def known_features(h: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+def input_features(h: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
     """What every map of a group reads of its input and of the token before: `[..., hidden]` to `[..., 4 * hidden]`."""
     return group_features(h.flatten(0, -2), previous.flatten(0, -2), EPS).unflatten(0, h.shape[:-1])
 

@@ -1,6 +1,6 @@
 """LoRA adapters of the target: every row of logits gets its request's adapter.
 
-vLLM 0.32's Model Runner V2 names one adapter a request for the LM head, which is one row of logits a request. A
+vLLM 0.32's Model Runner V2 names one adapter per request for the LM head, which is one row of logits per request. A
 verifying request has a row for each draft as well. On a CPU vLLM then stops with a shape error, with any speculative
 method; on a GPU those rows go without the adapter's LM head. Remove this when `LoraState` counts the drafts.
 """
@@ -24,5 +24,5 @@ class VerifyingLoraState(LoraState):
     ) -> tuple[tuple[int, ...], tuple[int, ...], set[LoRARequest]]:
         """The adapters of rows of logits, of tokens, and all that are active."""
         of_requests, of_tokens, active = super().make_lora_inputs(req_ids, idx_mapping, num_scheduled_tokens)
-        rows = [1 + len(self.drafts.get(req_id, ())) for req_id in req_ids]
-        return tuple(np.repeat(of_requests, rows)), of_tokens, active
+        num_logits = [1 + len(self.drafts.get(req_id, ())) for req_id in req_ids]
+        return tuple(np.repeat(of_requests, num_logits)), of_tokens, active

@@ -4,15 +4,21 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_easyspec.batch import DraftBatch
-from vllm_easyspec.drafter.plan import LayerPlan, Scope
+from vllm_easyspec.drafter.plan import DraftPlan
 
 STAGES = ("calibrate", "draft", "verify")
+
+
+def plan_json(plan: DraftPlan) -> dict[str, Any]:
+    """A plan in the reply of an RPC or in a result."""
+    return {"scope": plan.scope, "plan": plan.grouping, "group_sizes": list(plan.group_sizes)}
 
 
 @dataclass
@@ -22,8 +28,8 @@ class PassCounters:
     passes: int = 0
     attention_calls: int = 0
     cache_writes: int = 0
-    attention_collectives: int = 0  # one a group: its attention outputs reach every rank
-    mlp_collectives: int = 0  # one an MLP (attention scope) or one a group (block scope)
+    attention_collectives: int = 0  # one per group: its attention outputs reach every rank
+    mlp_collectives: int = 0  # one per MLP (attention scope) or one per group (block scope)
 
     def add(self, other: "PassCounters") -> None:
         for counter in fields(self):
@@ -86,7 +92,7 @@ class DraftStatistics:
         self.stages = {"calibrate": PassCounters(), "draft": PassCounters()}
         self.clock = StageClock(self.device)
         self.rounds = 0
-        self.rounds_by_plan: Counter[tuple[int, LayerPlan, Scope]] = Counter()  # by K, 0 included
+        self.rounds_by_plan: Counter[tuple[int, DraftPlan]] = Counter()  # by K, 0 included
         self.paused_rounds = 0  # of K = 0, in which the drafter read nothing
         self.caught_up_tokens = 0  # read later for them
         self.eager_rounds = 0  # rounds whose fuzzy steps did not come from a graph
@@ -116,7 +122,7 @@ class DraftStatistics:
         self.stood.view(-1).scatter_add_(0, cells * ~prefilling, (~prefilling).long())
 
     def snapshot(self) -> dict:
-        """Plain numbers for an RPC reply: acceptance by position; tokens a round, the target's own included."""
+        """Plain numbers for an RPC reply: acceptance by position; tokens per round, the target's own included."""
         untested, tested = self.stood.tolist()
         verified = sum(tested)
         # Of n tokens that stood, the first was sampled a round before, the others are accepted drafts.
@@ -125,8 +131,8 @@ class DraftStatistics:
         return {
             "rounds": self.rounds,
             "rounds_by_plan": [
-                {"num_speculative_tokens": drafts, "scope": scope, "group_sizes": list(plan.group_sizes), "rounds": n}
-                for (drafts, plan, scope), n in self.rounds_by_plan.items()
+                {"num_speculative_tokens": num_drafts} | plan_json(plan) | {"rounds": rounds}
+                for (num_drafts, plan), rounds in self.rounds_by_plan.items()
             ],
             "verified": verified,
             "accepted_at": accepted,

@@ -4,10 +4,13 @@ The table holds what can be known from vLLM's configuration. What only shows lat
 chose, one cache group, pages one layer after another) is checked by the worker.
 """
 
+import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from packaging.version import Version
 
 from vllm_easyspec.config import METHOD, ConfigError, GroupedAttention, LayerParallelConfig, RuntimeOptions
 from vllm_easyspec.drafter.architectures import DrafterShape, UnsupportedDrafterError
@@ -26,6 +29,8 @@ ATTENTION_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 # are padded to a multiple of at most 256 a side; Qwen2.5's vocabularies differ by 128.
 MOST_PADDING = 512
 
+# The kernel of xformers 0.0.35 is written with tl.make_block_ptr.
+TRITON_WITHOUT_BLOCK_POINTERS = Version("3.9")
 
 # `SpeculativeConfig.__post_init__` takes a drafter whose name or path holds one of these for another method's.
 MARKS_OF_OTHER_METHODS = ("eagle-", "eagle3", "dflash", "dspark")
@@ -76,12 +81,25 @@ def _asked_layout() -> str | None:
     return envs.VLLM_KV_CACHE_LAYOUT
 
 
+def why_no_xformers() -> str | None:
+    """What keeps xformers from running here, with the remedy; None where it can."""
+    try:
+        importlib.metadata.version("xformers")
+    except importlib.metadata.PackageNotFoundError:
+        return "the package xformers is not installed. Run pip install 'vllm-easyspec[xformers]'"
+    try:
+        import triton
+    except ImportError:
+        return "Triton is not installed. Install triton<3.9"
+    if Version(triton.__version__) >= TRITON_WITHOUT_BLOCK_POINTERS:
+        return f"its kernel needs block pointers, which Triton {triton.__version__} no longer has. Install triton<3.9"
+    return None
+
+
 def _xformers_serves(config: "VllmConfig") -> bool:
     """Whether the drafter may have xformers' attention in place of a backend's."""
-    from vllm_easyspec.drafter.xformers_attention import why_unusable
-
     wanted = RuntimeOptions.from_vllm(config).grouped_attention
-    return wanted == "xformers" or wanted == "auto" and why_unusable() is None
+    return wanted == "xformers" or wanted == "auto" and why_no_xformers() is None
 
 
 ATTENTION_BACKEND = Refusal(
@@ -204,7 +222,7 @@ def check_attention_backend(name: str, grouped_attention: GroupedAttention = "au
     """Raise `ConfigError` where the drafter can't use the attention backend that vLLM gave it."""
     if grouped_attention == "xformers" and name != XFORMERS:
         raise ConfigError(
-            f"grouped_attention='xformers' needs a CUDA device; here vLLM gave the drafter {name} all the same. Write "
+            f"grouped_attention='xformers' needs a CUDA device; but here vLLM gave the drafter {name}. Write "
             "grouped_attention: backend"
         )
     if name not in (*ATTENTION_BACKENDS, XFORMERS):
@@ -263,7 +281,6 @@ def check_drafter(config: "SpeculativeConfig", layer_parallel: LayerParallelConf
             f"model={config.model!r} is quantized ({draft.quantization}), and only unquantized drafters are supported. "
             "Give its unquantized checkpoint"
         )
-    layer_parallel.plan(shape.num_layers)
     layer_parallel.plan_table(shape.num_layers)
     check_vocabulary(shape.vocab_size, target.get_vocab_size(), lambda: _target_token_ids(target))
 
@@ -276,7 +293,7 @@ def check_maps(config: "SpeculativeConfig", options: RuntimeOptions) -> None:
 
     draft = config.draft_model_config
     shape = _shape(draft.hf_config, str(config.model))
-    plans = options.layer_parallel.all_plans(shape.num_layers)
+    plans = options.layer_parallel.plan_table(shape.num_layers).plans
     check_lookahead(options.lookahead, draft.model, draft.revision, shape, plans)
 
 

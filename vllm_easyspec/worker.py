@@ -1,6 +1,6 @@
 """`SpeculativeWorker`: vLLM's worker of this platform, with easyspec's speculator in its model runner, and its RPCs.
 
-The RPCs are reached by `LLM.collective_rpc("easyspec_stats")` and the like; each returns one value a rank.
+The RPCs are reached by `LLM.collective_rpc("easyspec_stats")` and the like; each returns one value per rank.
 """
 
 from dataclasses import asdict
@@ -11,10 +11,10 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_easyspec.audit import audit
+from vllm_easyspec.compat import install_lora_state, install_speculator
 from vllm_easyspec.drafter.plan import Scope
-from vllm_easyspec.lora import VerifyingLoraState
+from vllm_easyspec.fidelity import group_costs
 from vllm_easyspec.speculator import EasySpecSpeculator
-from vllm_easyspec.tune.fidelity import group_costs
 
 logger = init_logger("vllm.easyspec")
 
@@ -37,16 +37,13 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
 
     def init_device(self) -> None:
         super().init_device()
-        # The runner has built vLLM's own draft-model speculator; let go of its buffers before ours are made.
-        self.model_runner.speculator = None
-        self.model_runner.speculator = EasySpecSpeculator(self.vllm_config, self.device)
-        self.speculator.token_ids = self.model_runner.req_states.all_token_ids.gpu
-        self.model_runner.lora_state = VerifyingLoraState(self.scheduler_config.max_num_seqs)
+        token_ids = self.model_runner.req_states.all_token_ids.gpu
+        install_speculator(self.model_runner, lambda: EasySpecSpeculator(self.vllm_config, self.device, token_ids))
+        install_lora_state(self.model_runner, self.scheduler_config.max_num_seqs)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         super().initialize_from_config(kv_cache_config)
-        self.speculator.bind_pages()
-        logger.info("easyspec %s", self.speculator.describe())
+        logger.info("easyspec %s", self.speculator.runtime.describe(self.speculator.settings))
 
     def compile_or_warm_up_model(self) -> Any:
         times = super().compile_or_warm_up_model()
@@ -57,24 +54,14 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
         self.speculator.statistics.clock.start("verify")
         self.model_runner.lora_state.drafts = scheduler_output.scheduled_spec_decode_tokens
         if scheduler_output.kv_cache_block_copies:
-            self.speculator.unread.copied(scheduler_output.kv_cache_block_copies)
+            self.speculator.runtime.uncalibrated.copied(scheduler_output.kv_cache_block_copies)
         return super().execute_model(scheduler_output)
 
     def easyspec_stats(self, reset: bool = False) -> dict:
         """Counters and times since the last reset, by rank."""
-        snapshot = self.speculator.statistics.snapshot()
-        drafting = self.speculator.drafting
+        snapshot = self.speculator.statistics.snapshot() | self.speculator.settings.current.to_json()
         snapshot |= {
             "rank": self.speculator.model.rank,
-            "scope": drafting.scope,
-            "group_sizes": list(drafting.plan.group_sizes),
-            "by_batch_size": [
-                {"up_to": up_to, "scope": scope, "group_sizes": list(plan.group_sizes)}
-                for up_to, plan, scope in drafting.by_batch_size
-            ],
-            "num_speculative_tokens": drafting.num_drafts,
-            "calibration": drafting.calibration,
-            "lookahead": drafting.lookahead,
             "graphs": {
                 "captured": len(self.speculator.graphs.graphs) if self.speculator.graphs else 0,
                 "replays": self.speculator.statistics.replays,
@@ -88,18 +75,24 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
     def easyspec_configure(
         self,
         scope: str | None = None,
-        group_sizes: list[int] | None = None,
+        plan: str | None = None,
         num_speculative_tokens: int | None = None,
         calibration: str | None = None,
         lookahead: bool | None = None,
         restore: bool = False,
+        group_sizes: list[int] | None = None,
     ) -> dict:
-        """Swap scope, plan, K (up to the configured one), calibration or the use of the look-ahead maps from the next
+        """Change scope, plan, K (up to the configured one), calibration or the use of the look-ahead maps from the next
         round on; resets the counters.
 
-        A scope or a plan holds for all batch sizes; `restore` takes up the configuration again, its table included.
+        plan: such as "1-4-4-1"; group_sizes: the same as a list. A scope or a plan holds for all batch sizes; `restore`
+        takes up the configuration again, its table included.
         """
-        self.speculator.configure(scope, group_sizes, num_speculative_tokens, calibration, lookahead, restore)
+        if plan is not None and group_sizes is not None:
+            raise ValueError(f"plan={plan!r} stands beside group_sizes={group_sizes}. Remove group_sizes")
+        chosen = group_sizes if plan is None else plan
+        self.speculator.settings.change(scope, chosen, num_speculative_tokens, calibration, lookahead, restore)
+        self.speculator.statistics.reset()
         return self.easyspec_stats()
 
     def easyspec_capture(self, batch_sizes: list[int], num_speculative_tokens: list[int]) -> dict:

@@ -109,7 +109,7 @@ def test_paused_rounds_leave_pages_unread_until_a_round_drafts(llm, expected):
     def at_step(step: int) -> None:
         if step % 2:
             found = audit(llm)
-            unread.append(sum(request["unread"] for request in found))
+            unread.append(sum(request["uncalibrated"] for request in found))
             differences.extend(request["largest_difference"] for request in found)
 
     assert run(llm, {0: range(16)}, at_step) == cut(expected)
@@ -144,7 +144,7 @@ def test_prefix_caching_shares_unread_blocks(llm, expected):
     assert [answers[f"again-{index}"] for index in range(8, 11)] == [expected[i][known:] for i in range(8, 11)]
     assert metric(llm, "vllm:prefix_cache_hits") > hits
     assert stats(llm)[0]["caught_up_tokens"] > 0 and stats(llm)[0]["paused_rounds"] == 0
-    assert len(audited) > 3 and not any(request["unread"] for request in audited)
+    assert len(audited) > 3 and not any(request["uncalibrated"] for request in audited)
     assert max(request["largest_difference"] for request in audited) < AUDIT_LIMIT
 
 

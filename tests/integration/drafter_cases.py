@@ -173,7 +173,6 @@ class Pass:
 class CaseResult:
     prefill: Pass
     precise_steps: Pass
-    precise_block_steps: Pass  # the precise plan in block scope
     fuzzy: dict[tuple[tuple[int, ...], str], Pass]
     recalibrated: Pass  # all continuation tokens again, in one precise pass over fuzzy K/V
     top_tokens: np.ndarray  # of the prefill's rows
@@ -187,19 +186,19 @@ def run_cases(folder: str, cases: Sequence[Case], broken: Sequence[str]) -> tupl
 
 def _run_case(folder: Path, case: Case) -> CaseResult:
     from vllm_easyspec.config import LayerParallelConfig, RuntimeOptions
-    from vllm_easyspec.drafter.plan import LayerPlan
+    from vllm_easyspec.drafter.plan import DraftPlan
+    from vllm_easyspec.engineless import EnginelessDrafter
     from vllm_easyspec.metrics import PassCounters
-    from vllm_easyspec.standalone import StandaloneDrafter
 
     options = RuntimeOptions(layer_parallel=LayerParallelConfig(mlp=case.mlp))
-    drafter = StandaloneDrafter(folder, options, max_num_reqs=len(PROMPTS), max_len=128, block_size=case.block_size)
+    drafter = EnginelessDrafter(folder, options, max_num_reqs=len(PROMPTS), max_len=128, block_size=case.block_size)
 
     def read(
         passes: Sequence[Sequence[Sequence[int]]], group_sizes: Sequence[int] | None = None, scope: Any = "attention"
     ):
         drafter.model.counters = PassCounters()
-        plan = LayerPlan(tuple(group_sizes)) if group_sizes else None
-        hidden = [drafter.read(tokens, plan, scope) for tokens in passes]
+        plan = DraftPlan(tuple(group_sizes), scope) if group_sizes else None
+        hidden = [drafter.read(tokens, plan) for tokens in passes]
         logits = [drafter.logits(h).numpy() for h in hidden]
         return Pass(logits, [h.numpy() for h in hidden], asdict(drafter.model.counters))
 
@@ -208,8 +207,6 @@ def _run_case(folder: Path, case: Case) -> CaseResult:
 
     prefill = read([PROMPTS])
     precise_steps = read(STEPS)
-    again()
-    precise_block_steps = read(STEPS, [1] * case.config.num_hidden_layers, "block")
     fuzzy = {}
     for group_sizes in case.plans:
         for scope in SCOPES:
@@ -220,14 +217,14 @@ def _run_case(folder: Path, case: Case) -> CaseResult:
     with torch.inference_mode():
         top_tokens = drafter.model.get_top_tokens(torch.from_numpy(prefill.hidden[0]))
     pages = sum(layer.kv_cache.shape[0] for layer in drafter.pages.layers)
-    return CaseResult(prefill, precise_steps, precise_block_steps, fuzzy, recalibrated, top_tokens.numpy(), pages)
+    return CaseResult(prefill, precise_steps, fuzzy, recalibrated, top_tokens.numpy(), pages)
 
 
 def _loading_error(folder: str) -> str:
-    from vllm_easyspec.standalone import StandaloneDrafter
+    from vllm_easyspec.engineless import EnginelessDrafter
 
     try:
-        StandaloneDrafter(folder)
+        EnginelessDrafter(folder)
     except ValueError as error:
         return str(error)
     return "none"

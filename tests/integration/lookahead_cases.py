@@ -43,13 +43,13 @@ class RankResult:
 
 def run_case(folder: str, case: Case, reach: dict[int, int]) -> RankResult:
     from vllm_easyspec.config import LayerParallelConfig, RuntimeOptions
-    from vllm_easyspec.drafter.plan import LayerPlan
+    from vllm_easyspec.drafter.plan import DraftPlan
+    from vllm_easyspec.engineless import EnginelessDrafter
     from vllm_easyspec.lookahead import LookaheadMaps
     from vllm_easyspec.metrics import PassCounters
-    from vllm_easyspec.standalone import StandaloneDrafter
 
     options = RuntimeOptions(layer_parallel=LayerParallelConfig(mlp=case.mlp))
-    drafter = StandaloneDrafter(folder, options, max_num_reqs=len(PROMPTS), max_len=128, block_size=case.block_size)
+    drafter = EnginelessDrafter(folder, options, max_num_reqs=len(PROMPTS), max_len=128, block_size=case.block_size)
     model = drafter.model
     tensors = random_maps(model.shape.hidden_size, reach)
     model.lookahead = LookaheadMaps(tensors, reach, model.placement, model.rank, model.final_norm)
@@ -61,7 +61,7 @@ def run_case(folder: str, case: Case, reach: dict[int, int]) -> RankResult:
         model.counters = PassCounters()
         logits = []
         for tokens in STEPS:
-            hidden = drafter.read(tokens, LayerPlan(group_sizes), scope, hidden if maps else None)
+            hidden = drafter.read(tokens, DraftPlan(group_sizes, scope), hidden if maps else None)
             logits.append(drafter.logits(hidden).numpy())
         return Steps(logits, asdict(model.counters))
 

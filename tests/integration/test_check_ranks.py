@@ -4,13 +4,13 @@ import pytest
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 
-from vllm_easyspec.speculator import _assert_same_on_ranks
-from vllm_easyspec.standalone import RankError, run_ranks
+from vllm_easyspec.rank_check import assert_same_on_ranks
+from vllm_easyspec.ranks import RankError, run_ranks
 
 
 def compare(difference: int) -> int:
     drafts = torch.tensor([[3, 4], [5, 6 + difference * get_tensor_model_parallel_rank()]])
-    _assert_same_on_ranks("draft ids", drafts)
+    assert_same_on_ranks("draft ids", drafts)
     return int(drafts.sum())
 
 

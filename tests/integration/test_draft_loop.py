@@ -16,13 +16,15 @@ from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_easyspec.batch import DraftBatch
-from vllm_easyspec.drafter.plan import LayerPlan
+from vllm_easyspec.drafter.plan import DraftPlan, PlanTable
+from vllm_easyspec.engineless import EnginelessDrafter
 from vllm_easyspec.graphs import DraftGraph
-from vllm_easyspec.standalone import StandaloneDrafter, run_ranks
+from vllm_easyspec.ranks import run_ranks
+from vllm_easyspec.settings import DraftSettings
 
 CASE = next(case for case in CASES if case.name == "mistral_tied")
 K, MAX_REQS, MAX_LEN, BLOCK_SIZE = 3, 3, 96, 32
-PLAN = LayerPlan((1, 2, 1))
+PLANS = {scope: DraftPlan((1, 2, 1), scope) for scope in ("attention", "block")}
 SIZE = 3  # requests that a graph holds
 # Of each request of a round: tokens in the pages, and how many of the K + 1 tokens that the target read stand.
 ROUNDS = [[(30, 1), (62, K + 1), (5, 3)], [(33, K + 1), (60, 2)]]
@@ -43,13 +45,13 @@ class Rounds:
         )
         torch.cuda.get_device_capability = lambda device=None: (9, 0)
         recorded_graph.use()
-        self.drafter = StandaloneDrafter(
-            folder, max_num_reqs=MAX_REQS, max_len=MAX_LEN, block_size=BLOCK_SIZE, graph_sizes=[SIZE]
+        self.drafter = EnginelessDrafter(
+            folder, max_num_reqs=MAX_REQS, max_len=MAX_LEN, block_size=BLOCK_SIZE, num_drafts=K, graph_sizes=[SIZE]
         )
         model, pages = self.drafter.model, self.drafter.pages
-        self.loop = self.drafter.loop(K)
+        self.loop = self.drafter.loop
         self.tokens = self.loop.draft_tokens
-        self.graphs = self.drafter.graphs()
+        self.graphs = self.drafter.graphs
         if pages.group:  # the kernel for decoding that the interpreter takes least time for
             pages.group.get_metadata_builder().seq_threshold_3D = 0
         generator = torch.Generator().manual_seed(1)
@@ -87,7 +89,7 @@ class Rounds:
         self.pages.copy_(self.filled)
         batch = self.batch(state)
         self.loop.calibrate(batch)
-        self.loop.draft(batch.num_reqs, K, PLAN, scope, int(batch.seq_lens_bound.max()) + K)
+        self.loop.draft(batch.num_reqs, K, PLANS[scope], int(batch.seq_lens_bound.max()) + K)
         return self.seen(batch)
 
     @torch.inference_mode()
@@ -96,10 +98,10 @@ class Rounds:
         self.loop.positions.random_(0, 50)  # of an earlier round
         self.loop.live.fill_(True)
         batch = self.batch(state)
-        calibrate = DraftGraph.calibrate(self.graphs.padded(batch.num_reqs), K + 1)
-        self.loop.load(batch, calibrate)
-        self.graphs.replay(calibrate)
-        self.graphs.replay(DraftGraph.draft(SIZE, K, PLAN, scope))
+        settings, before = DraftSettings(PlanTable.of(PLANS[scope]), K), self.drafter.runtime.statistics.replays
+        self.drafter.runtime.calibrate(batch, settings)
+        self.drafter.runtime.draft(batch, settings)
+        assert self.drafter.runtime.statistics.replays == before + 2, "one graph a stage"
         return self.seen(batch)
 
     def seen(self, batch: DraftBatch) -> Seen:
@@ -110,9 +112,9 @@ class Rounds:
 
     @torch.inference_mode()
     def record(self) -> None:
-        wanted = [DraftGraph.calibrate(SIZE, K + 1)]
-        wanted += [DraftGraph.draft(SIZE, K, PLAN, scope) for scope in ("attention", "block")]
-        self.loop.record(self.graphs, wanted)
+        self.loop.record(self.graphs, [DraftGraph.calibrate(SIZE, K + 1)])
+        for plan in PLANS.values():
+            self.drafter.runtime.capture([SIZE], [K], DraftSettings(PlanTable.of(plan), K))
 
 
 def observe(folder: str) -> dict:
@@ -123,11 +125,11 @@ def observe(folder: str) -> dict:
     for scope in ("attention", "block"):
         for index, state in enumerate(ROUNDS):
             found[scope, index] = rounds.eager(state, scope), rounds.replayed(state, scope)
-    counters = [rounds.graphs.counters[DraftGraph.draft(SIZE, K, PLAN, scope)] for scope in ("attention", "block")]
+    counters = [rounds.graphs.counters[DraftGraph.draft(SIZE, K, plan)] for plan in PLANS.values()]
     found["counters"] = [(each.passes, each.attention_calls, each.cache_writes) for each in counters]
     found["filled"] = rounds.filled.numpy()
     rounds.drafter.graph_sizes = [1, 2, 8]
-    found["sizes"] = rounds.drafter.graphs().sizes
+    found["sizes"] = rounds.drafter._new_graphs().sizes
     return found
 
 
@@ -165,7 +167,7 @@ def test_a_full_batch_has_a_graph_though_vllm_captures_no_such_size(observed):
 
 def test_a_replay_counts_what_its_passes_did(observed):
     (found,) = observed[1]
-    groups, steps = len(PLAN.groups), K - 1
+    groups, steps = len(PLANS["block"].groups), K - 1
     assert found["counters"] == [(steps, steps * groups, steps * groups)] * 2
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from vllm_easyspec.drafter.paged_kv import DensePass
-from vllm_easyspec.drafter.plan import SCOPES, LayerPlan
-from vllm_easyspec.standalone import StandaloneDrafter, run_ranks
-from vllm_easyspec.tune.fidelity import FirstStepPass, group_costs
+from vllm_easyspec.drafter.plan import SCOPES, DraftPlan
+from vllm_easyspec.engineless import EnginelessDrafter
+from vllm_easyspec.fidelity import FirstStepPass, group_costs
+from vllm_easyspec.ranks import run_ranks
 
 DRAFTER = Path(__file__).parents[2] / "examples" / "tiny-pair" / "drafter"
 LAYERS = 10
@@ -19,19 +20,19 @@ PLANS = ((1, 4, 4, 1), (1, 1, 3, 1, 1, 1, 1, 1), (10,), (1,) * LAYERS)
 
 def first_steps() -> tuple[list[float], dict[str, list[tuple[int, int, float]]]]:
     """Differences between the scored pass and real steps over pages, and the groups' scores, on this rank."""
-    drafter = StandaloneDrafter(DRAFTER, max_num_reqs=1, max_len=64)
+    drafter = EnginelessDrafter(DRAFTER, max_num_reqs=1, max_len=64)
     differences = []
     with torch.inference_mode():
         precise = DensePass(len(TOKENS), None, drafter.device)
-        drafter.model(TOKENS, drafter.precise, "attention", precise)
+        drafter.model(TOKENS, drafter.precise, precise)
         for scope in SCOPES:
             for sizes in PLANS:
-                plan = LayerPlan(sizes)
-                scored = drafter.model(TOKENS, plan, scope, FirstStepPass(precise))
+                plan = DraftPlan(sizes, scope)
+                scored = drafter.model(TOKENS, plan, FirstStepPass(precise))
                 for position in POSITIONS:
                     drafter.rewind([0])
                     drafter.read([TOKENS[:position].tolist()])
-                    real = drafter.read([[int(TOKENS[position])]], plan, scope)
+                    real = drafter.read([[int(TOKENS[position])]], plan)
                     differences.append(float((scored[position] - real[0]).abs().max()))
     return differences, {scope: group_costs(drafter.model, TOKENS, scope, 4) for scope in SCOPES}
 

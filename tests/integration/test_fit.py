@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from vllm_easyspec.config import ConfigError
 from vllm_easyspec.lookahead import LookaheadFile
-from vllm_easyspec.standalone import RankError
+from vllm_easyspec.ranks import RankError
 from vllm_easyspec.tune.fit import BATCH, FitSettings, fit
 
 DRAFTER = Path(__file__).parents[2] / "examples" / "tiny-pair" / "drafter"
@@ -107,7 +107,7 @@ def test_ctrl_c_leaves_no_file(text, tmp_path):
 
 
 def test_plans_of_another_drafter(text, tmp_path):
-    with pytest.raises(ConfigError, match=r"--plans: group_sizes=\[1, 3\] add up to 4, but the drafter has 10 layers"):
+    with pytest.raises(ConfigError, match=r"^--plans=1-3: the group sizes add up to 4, but the drafter has 10 layers"):
         fit(str(DRAFTER), [text], tmp_path / "maps.safetensors", 1, FitSettings(plans=((1, 3),)))
 
 

@@ -9,7 +9,7 @@ from drafter_cases import CASES, PROMPTS, SCOPES, STEPS, make_checkpoint
 from lookahead_cases import MAP_RANK, random_maps, run_case
 from reference import DenseRequest
 
-from vllm_easyspec.standalone import run_ranks
+from vllm_easyspec.ranks import run_ranks
 
 TOLERANCE = 2e-4
 CASE = next(case for case in CASES if case.name == "llama3_rope")

@@ -13,8 +13,9 @@ import torch
 from drafter_cases import CASES, make_checkpoint
 
 from vllm_easyspec.drafter.paged_kv import PagedKV, PagedPass, Sequences
-from vllm_easyspec.drafter.plan import LayerPlan
-from vllm_easyspec.standalone import StandaloneDrafter, run_ranks
+from vllm_easyspec.drafter.plan import DraftPlan
+from vllm_easyspec.engineless import EnginelessDrafter
+from vllm_easyspec.ranks import run_ranks
 
 CASE = CASES[0]
 RANKS = 2
@@ -54,28 +55,34 @@ def observe(folder: str) -> Observed:
     """On a rank."""
     # vLLM's CPU kernel cuts long sequences for idle threads, differently in a group; here bits are compared.
     os.environ["VLLM_CPU_ATTN_SPLIT_KV"] = "0"
-    drafter = StandaloneDrafter(folder, max_num_reqs=3, max_len=128, block_size=BLOCK_SIZE)
+    drafter = EnginelessDrafter(folder, max_num_reqs=3, max_len=128, block_size=BLOCK_SIZE)
     torch.manual_seed(drafter.model.rank)
+
+    def rotate(layers, qkv, positions, cache=None, slots=None):
+        """None: keys are stored as they are given."""
+        assert cache is None, "CPU attention packs its keys"
+        return _split(drafter, qkv)
+
     padded = _padded_sequences(drafter)
-    q, k, v = _random_qkv(drafter, padded, LAYERS)
-    group_tokens = (GROUP.stop - GROUP.start) * padded.slots.shape[0]
+    qkv = _random_qkv(drafter, padded, LAYERS)
+    _, k, v = _split(drafter, qkv)
 
     _fill(drafter, CANARY)
-    PagedPass(drafter.pages, padded).attend(GROUP, q[:group_tokens], k[:group_tokens], v[:group_tokens])
+    PagedPass(drafter.pages, padded).attend(GROUP, qkv[: GROUP.stop - GROUP.start], rotate)
     group_write = _pages(drafter)
     _fill(drafter, CANARY)
     _write_one_by_one(drafter, padded, GROUP, k, v)
     single_writes = _pages(drafter)
 
     _fill(drafter, CANARY)
-    drafter.run(torch.arange(len(padded.slots)) % 50, padded, LayerPlan((1, 4, 1)), "attention")
+    drafter.run(torch.arange(len(padded.slots)) % 50, padded, DraftPlan((1, 4, 1)))
     pass_writes = _pages(drafter)
 
     grouped, separate, batches = [], [], []
     for lengths, new in STATES:
         drafter.rewind(lengths)
         sequences = drafter.sequences(new)
-        virtual = drafter.pages.virtual(sequences, LAYERS)
+        virtual = sequences.repeat_layers(LAYERS, drafter.num_blocks, BLOCK_SIZE)
         metadata = drafter.pages.metadata(virtual)
         names = ("query_start_loc", "seq_lens", "block_table", "slot_mapping")
         built = {name: getattr(metadata, name) for name in names}
@@ -85,8 +92,8 @@ def observe(folder: str) -> Observed:
         for results, width in ((grouped, LAYERS), (separate, 1)):
             drafter.pages.pages(slice(0, LAYERS)).copy_(before)
             attention = PagedPass(drafter.pages, sequences)
-            parts = zip(*(tensor.chunk(LAYERS // width) for tensor in qkv), strict=True)
-            out = [attention.attend(slice(i * width, (i + 1) * width), *part) for i, part in enumerate(parts)]
+            parts = enumerate(qkv.split(width))
+            out = [attention.attend(slice(i * width, (i + 1) * width), part, rotate) for i, part in parts]
             results.append((torch.cat(out).numpy(), _pages(drafter)))
     current = drafter.pages.is_current()
     refusals = _refusals(drafter)
@@ -104,7 +111,7 @@ def observe(folder: str) -> Observed:
     )
 
 
-def _padded_sequences(drafter: StandaloneDrafter) -> Sequences:
+def _padded_sequences(drafter: EnginelessDrafter) -> Sequences:
     """Rows with padding slots first, last, in between and as a whole request, beside slots at the ends of a layer.
 
     A layer's very last slot stays free: that is where a shifted -1 would write.
@@ -115,25 +122,27 @@ def _padded_sequences(drafter: StandaloneDrafter) -> Sequences:
     return replace(sequences, slots=slots)
 
 
-def _random_qkv(drafter: StandaloneDrafter, sequences: Sequences, layers: int) -> list[torch.Tensor]:
-    shape, tokens = drafter.model.shape, layers * sequences.positions.shape[0]
-    return [
-        torch.randn(tokens, heads, shape.head_dim)
-        for heads in (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
-    ]
+def _random_qkv(drafter: EnginelessDrafter, sequences: Sequences, layers: int) -> torch.Tensor:
+    shape = drafter.model.shape
+    return torch.randn(layers, sequences.positions.shape[0], shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim)
 
 
-def _fill(drafter: StandaloneDrafter, value: float) -> None:
+def _split(drafter: EnginelessDrafter, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    shape = drafter.model.shape
+    return qkv.flatten(0, 1).split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
+
+
+def _fill(drafter: EnginelessDrafter, value: float) -> None:
     drafter.pages.pages(slice(0, LAYERS)).fill_(value)
 
 
-def _pages(drafter: StandaloneDrafter) -> np.ndarray:
+def _pages(drafter: EnginelessDrafter) -> np.ndarray:
     """Each layer's pages by the view that vLLM bound to it."""
     return torch.stack([layer.kv_cache for layer in drafter.pages.layers]).numpy()
 
 
 def _write_one_by_one(
-    drafter: StandaloneDrafter, sequences: Sequences, layers: slice, k: torch.Tensor, v: torch.Tensor
+    drafter: EnginelessDrafter, sequences: Sequences, layers: slice, k: torch.Tensor, v: torch.Tensor
 ) -> None:
     row = 0
     for layer in list(drafter.pages.layers)[layers]:
@@ -143,7 +152,7 @@ def _write_one_by_one(
             row += 1
 
 
-def _refusals(drafter: StandaloneDrafter) -> dict[str, str]:
+def _refusals(drafter: EnginelessDrafter) -> dict[str, str]:
     """The errors for layouts that can't be used. Binds other pages, so it comes last."""
     layers, group, num_blocks = list(drafter.pages.layers), drafter.pages.group, drafter.num_blocks
     shape = layers[0].kv_cache.shape

@@ -11,8 +11,9 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_easyspec.drafter.plan import LayerPlan
-from vllm_easyspec.standalone import StandaloneDrafter, run_ranks
+from vllm_easyspec.drafter.plan import DraftPlan
+from vllm_easyspec.engineless import EnginelessDrafter
+from vllm_easyspec.ranks import run_ranks
 
 CHOSEN = {case.name: case for case in CASES if case.name in ("llama3_rope", "mistral_window")}
 PROMPTS = [[7, 3, 91, 15, 2, 88, 64] * 5, [4, 4, 9], [21, 55] * 20]  # on both sides of a block's end
@@ -31,9 +32,9 @@ def observe(folder: str, case: Case) -> dict[str, list[np.ndarray]]:
     seen: dict[str, list[np.ndarray]] = {}
     for name in ("CPU_ATTN", "TRITON_ATTN"):
         _use(AttentionBackendEnum[name])
-        drafter = StandaloneDrafter(folder, max_num_reqs=3, max_len=96, block_size=case.block_size)
+        drafter = EnginelessDrafter(folder, max_num_reqs=3, max_len=96, block_size=case.block_size)
         assert {layer.attn_backend.get_name() for layer in drafter.pages.layers} == {name}
-        hidden = [drafter.read(PROMPTS), drafter.read(NEXT, LayerPlan(case.plans[0]), "attention")]
+        hidden = [drafter.read(PROMPTS), drafter.read(NEXT, DraftPlan(case.plans[0]))]
         seen[name] = [states.numpy() for states in hidden]
     return seen
 

@@ -13,9 +13,10 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_easyspec.config import ConfigError, RuntimeOptions
 from vllm_easyspec.drafter import xformers_attention
-from vllm_easyspec.drafter.plan import LayerPlan
+from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.drafter.xformers_attention import HEAD_SIZES, Runs, XFormersBackend, paged_attention, why_unusable
-from vllm_easyspec.standalone import StandaloneDrafter, run_ranks
+from vllm_easyspec.engineless import EnginelessDrafter
+from vllm_easyspec.ranks import run_ranks
 
 os.environ["XFORMERS_ENABLE_TRITON"] = "1"  # without it xformers wants a CUDA device before it imports its kernel
 
@@ -99,9 +100,9 @@ def observe(folder: str) -> dict[str, list[np.ndarray]]:
     seen = {}
     for attention, name in (("backend", "CPU_ATTN"), ("xformers", "XFORMERS")):
         options = RuntimeOptions(grouped_attention=attention)
-        drafter = StandaloneDrafter(folder, options, max_num_reqs=3, max_len=96, block_size=CASE.block_size)
+        drafter = EnginelessDrafter(folder, options, max_num_reqs=3, max_len=96, block_size=CASE.block_size)
         assert {layer.attn_backend.get_name() for layer in drafter.pages.layers} == {name}
-        fuzzy = LayerPlan(CASE.plans[0])
+        fuzzy = DraftPlan(CASE.plans[0])
         hidden = [drafter.read(PROMPTS), drafter.read(NEXT, fuzzy), drafter.read([[5, 6, 7], [9], [2, 2]])]
         seen[attention] = [states.numpy() for states in hidden]
     return seen

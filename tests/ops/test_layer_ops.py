@@ -236,7 +236,7 @@ def test_sum_of_mlps_without(bias, residual):
     check_as_exact(OPERATORS.sum_of_mlps.default, mlp_arguments(F32, bias=bias, residual=residual))
 
 
-def test_gates_far_from_zero_saturate():
+def test_gates_far_from_zero_saturate(of_cpu):
     """e^x is computed natively: a gate of -200 lets nothing through, one of 200 all, and none gives NaN."""
     inputs, norms, gate_up, _, down, _, first, eps = mlp_arguments(F32, bias=False, residual=False)
     for scale in (300.0, -300.0):

@@ -61,7 +61,7 @@ def test_arms():
             draft_sample_method="greedy",
             calibration="never",
             lookahead=str(DRAFTER / "lookahead.safetensors"),
-            layer_parallel={"scope": "block", "group_sizes": [1, 8, 1], "mlp": "tensor"},
+            layer_parallel={"scope": "block", "plan": "1-8-1", "mlp": "tensor"},
         )
     )
     arms = engine.speculative_configs(config, ["precise", "none", "draft_model"])
@@ -71,7 +71,7 @@ def test_arms():
     assert arms["draft_model"] == vllms_own | {"method": "draft_model"}
     assert EasySpecConfig.parse(arms["easyspec"]) == config
     precise = EasySpecConfig.parse(arms["precise"])
-    assert precise.layer_parallel.plan(10).is_precise and precise.layer_parallel.mlp == "tensor"
+    assert precise.layer_parallel.draft_plan(10).is_precise and precise.layer_parallel.mlp == "tensor"
     assert (precise.lookahead, precise.calibration) == (None, "never")
     assert {name: getattr(precise, name) for name in vllms_own} == vllms_own
     assert list(engine.speculative_configs(config, [])) == ["easyspec"]
@@ -182,7 +182,7 @@ def test_an_early_end_keeps_what_was_measured(capsys, monkeypatch, tmp_path, end
     assert result["rows"][0]["tokens_a_second"] == 7.5
     assert {"command", "commit", "versions", "hardware", "settings", "arms", "notes"} <= set(result)
     assert result["settings"]["concurrency"] == [1, 4, 16, 64] and "json" not in result["settings"]
-    assert "tokens a second" in drawn.read_text()
+    assert "tokens per second" in drawn.read_text()
 
 
 def test_lossy_float32_run_fails_and_keeps_its_result(capsys, monkeypatch, tmp_path):
@@ -196,7 +196,7 @@ def test_lossy_float32_run_fails_and_keeps_its_result(capsys, monkeypatch, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--plans", "1-8-1", "1-4-4"], "--plans 1-4-4: group_sizes=[1, 4, 4] add up to 9"),
+        (["--plans", "1-8-1", "1-4-4"], "--plans=1-4-4: the group sizes add up to 9"),
         (["--json", "no/such/folder.json"], "there is no folder no/such. Make it"),
         (["--drafter", "./nowhere"], "./nowhere"),
         (["--context", "256,2020"], "--context 2020 is more than 2016, for which the drafter has room"),
@@ -211,10 +211,10 @@ def test_bad_input_of_draft_step_is_one_line(capsys, arguments, message):
 
 def test_draft_step_plot(tmp_path):
     rows = [
-        {"scope": scope, "group_sizes": sizes, "ranks": 2, "batch": batch, "context": 256, "speedup": 1.25}
+        {"scope": scope, "plan": plan, "ranks": 2, "batch": batch, "context": 256, "speedup": 1.25}
         for batch in (1, 8)
         for scope in ("attention", "block")
-        for sizes in ([1, 4, 4, 1], [1, 8, 1])
+        for plan in ("1-4-4-1", "1-8-1")
     ]
     drawings = []
     for name in ("a.svg", "b.svg"):

@@ -113,7 +113,7 @@ def check(step: CalibrationStep, requests: list[Request]) -> None:
             assert sequences.slots[row] == -1
             assert 0 <= step.input_ids[row] < VOCAB
             assert 0 <= sequences.positions[row] < MAX_LEN
-        assert step.newest_rows[index] == rows[len(expected) - 1]
+        assert step.newest_indices[index] == rows[len(expected) - 1]
         assert step.newest_positions[index] == expected[-1][0]
         # The last row's keys end at its own position, padding or not.
         assert sequences.seq_lens[index] == expected[0][0] + len(rows)
@@ -156,7 +156,7 @@ def test_a_decoding_request_calibrates_accepted_plus_one_tokens(scheduler, rejec
     live = step.sequences.slots >= 0
     assert step.input_ids[live].tolist() == [*range(10, 10 + accepted_drafts), 42]
     assert step.sequences.positions[live].tolist() == list(range(31, 32 + accepted_drafts))
-    assert step.input_ids[step.newest_rows].item() == 42
+    assert step.input_ids[step.newest_indices].item() == 42
 
 
 def test_calibration_does_not_depend_on_k(scheduler):

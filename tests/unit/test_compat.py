@@ -3,7 +3,9 @@
 import json
 import os
 import pickle
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 from tiny_models import CONFIGS, DRAFTER, HF_CONFIGS, TARGET, easyspec, model_folder
@@ -97,11 +99,11 @@ def test_vllm_serve_takes_dotted_arguments(parser):
 
 @pytest.mark.parametrize("nested", [False, True], ids=["a path", "nested fields"])
 def test_vllm_serve_takes_a_config_file(parser, tmp_path, nested):
-    value = easyspec(layer_parallel={"group_sizes": [1, 8, 1]}) if nested else str(CONFIGS / "tiny-pair.yaml")
+    value = easyspec(layer_parallel={"plan": "1-8-1"}) if nested else str(CONFIGS / "tiny-pair.yaml")
     path = tmp_path / "serve.yaml"
     path.write_text(yaml.safe_dump({"speculative-config": value, "dtype": "float32"}))
     config = serve(parser, "--config", str(path)).create_engine_config()
-    assert str(RuntimeOptions.from_vllm(config).layer_parallel.plan(10)) == ("1-8-1" if nested else "1-4-4-1")
+    assert RuntimeOptions.from_vllm(config).layer_parallel.draft_plan(10).grouping == ("1-8-1" if nested else "1-4-4-1")
 
 
 def test_a_file_of_another_method_reaches_vllm_unchanged(parser, tmp_path):
@@ -221,9 +223,9 @@ def refusal(drafter, target=TARGET, **changes):
     return str(error.value)
 
 
-def test_group_sizes_that_do_not_add_up():
-    message = refusal(DRAFTER, layer_parallel={"group_sizes": [1, 4, 4]})
-    assert message.startswith("layer_parallel.group_sizes=[1, 4, 4] add up to 9, but the drafter has 10 layers")
+def test_a_plan_that_does_not_add_up():
+    message = refusal(DRAFTER, layer_parallel={"plan": "1-4-4"})
+    assert message.startswith("layer_parallel.plan=1-4-4: the group sizes add up to 9, but the drafter has 10 layers")
 
 
 def test_an_unsupported_architecture(tmp_path):
@@ -374,3 +376,31 @@ def test_a_model_config_has_what_the_checks_ask():
     """Named here so that a new vLLM that renames one fails a test and not a user."""
     for name in ("is_hybrid", "is_attention_free", "is_encoder_decoder", "get_sliding_window", "get_vocab_size"):
         assert hasattr(ModelConfig, name)
+
+
+def test_a_speculator_is_put_in_after_the_runners_own_has_gone():
+    """Both hold buffers of the size of the vocabulary."""
+    runner = SimpleNamespace(speculator="vLLM's")
+
+    def build() -> str:
+        assert runner.speculator is None
+        return "ours"
+
+    compat.install_speculator(runner, build)
+    assert runner.speculator == "ours"
+
+
+def test_the_lora_state_counts_drafts():
+    runner = SimpleNamespace(lora_state=None)
+    compat.install_lora_state(runner, 3)
+    runner.lora_state.drafts = {"a": [1, 2]}
+    runner.lora_state.add_request("a", 0, None)
+    runner.lora_state.add_request("b", 1, None)
+    of_logits, of_tokens, _ = runner.lora_state.make_lora_inputs(["a", "b"], np.array([0, 1]), np.array([3, 1]))
+    assert (len(of_logits), len(of_tokens)) == (3 + 1, 3 + 1)
+
+
+def test_what_tune_writes_is_what_the_scheduler_reads():
+    lookup = [0, 5, 3]
+    core = SimpleNamespace(engine_core=SimpleNamespace(scheduler=SimpleNamespace(dynamic_sd_lookup=lookup)))
+    assert compat.scheduled_drafts(SimpleNamespace(engine_core=core)) is lookup

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 from tiny_models import DRAFTER, easyspec
 from vllm.config import SpeculativeConfig
+from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
 from vllm_easyspec.config import (
     FIELDS_OF_OTHER_METHODS,
@@ -17,10 +19,12 @@ from vllm_easyspec.config import (
     EasySpecConfig,
     LayerParallelConfig,
     RuntimeOptions,
+    _warn_of_group_sizes,
     load,
 )
+from vllm_easyspec.drafter.plan import DraftPlan
 
-PLAN = {"scope": "block", "group_sizes": [1, 4, 4, 1]}
+PLAN = {"scope": "block", "plan": "1-4-4-1"}
 
 
 def test_defaults_are_the_papers():
@@ -78,22 +82,79 @@ def test_nothing_changes_after_reading():
 
 
 def test_plans():
-    assert str(LayerParallelConfig().plan(10)) == "1-4-4-1"
-    assert str(LayerParallelConfig(group_size=3, precise_head=2, precise_tail=0).plan(10)) == "1-1-3-3-2"
-    assert str(LayerParallelConfig(group_sizes=(2, 3, 5)).plan(10)) == "2-3-5"
+    assert str(LayerParallelConfig().draft_plan(10)) == "attention 1-4-4-1"
+    assert (
+        str(LayerParallelConfig(group_size=3, precise_head=2, precise_tail=0).draft_plan(10)) == "attention 1-1-3-3-2"
+    )
+    assert str(LayerParallelConfig(plan="2-3-5", scope="block").draft_plan(10)) == "block 2-3-5"
+    assert LayerParallelConfig(group_size=1, scope="block").draft_plan(10) == DraftPlan.precise(10)
+
+
+@pytest.mark.parametrize("written", ["10", 10, [10], "[10]"])
+def test_yaml_may_take_a_plan_for_a_number(written):
+    """`plan: 10` is one group of 10 layers."""
+    value = yaml.safe_load(f"plan: {written}")
+    config = EasySpecConfig.parse(easyspec(layer_parallel=value))
+    assert config.layer_parallel.draft_plan(10) == DraftPlan((10,))
+    assert config.layer_parallel.to_json()["plan"] == "10"
+
+
+def test_the_earlier_form_of_a_plan_is_read_with_one_warning(monkeypatch):
+    said = []
+    monkeypatch.setattr("vllm_easyspec.config.logger.warning", said.append)
+    monkeypatch.setattr("vllm_easyspec.config._warn_of_group_sizes", cache(_warn_of_group_sizes.__wrapped__))
+    now = easyspec(layer_parallel={**PLAN, "by_batch_size": [{"up_to": 4, "plan": "10"}]})
+    expected = EasySpecConfig.parse(now).to_vllm()
+    assert said == []
+    table = [{"up_to": 4, "group_sizes": [10]}]
+    written = easyspec(layer_parallel={"scope": "block", "group_sizes": [1, 4, 4, 1], "by_batch_size": table})
+    assert [EasySpecConfig.parse(written).to_vllm() for _ in range(2)] == [expected] * 2
+    (warning,) = said
+    assert "group_sizes is now called plan: write plan: 1-4-4-1" in warning
 
 
 def test_a_table_of_plans():
     layer_parallel = EasySpecConfig.parse(
         easyspec(layer_parallel={"group_size": 3, "by_batch_size": [{"up_to": 2, **PLAN}, {"up_to": 4}]})
     ).layer_parallel
-    found = [(up_to, str(plan), scope) for up_to, plan, scope in layer_parallel.plan_table(10)]
-    assert found == [(2, "1-4-4-1", "block"), (4, "1-4-4-1", "attention")]
-    assert str(layer_parallel.plan(10)) == "1-3-3-2-1"
-    with pytest.raises(
-        ConfigError, match=r"^layer_parallel.by_batch_size\[0\].group_sizes=\[1, 4, 4, 1\] add up to 10"
-    ):
+    found = [(entry.up_to, str(entry.plan)) for entry in layer_parallel.plan_table(10).ranges]
+    assert found == [(2, "block 1-4-4-1"), (4, "attention 1-4-4-1"), (None, "attention 1-3-3-2-1")]
+    with pytest.raises(ConfigError, match=r"^layer_parallel.by_batch_size\[0\].plan=1-4-4-1: .* add up to 10"):
         layer_parallel.plan_table(12)
+
+
+def test_a_table_of_k():
+    """An entry that only sets K keeps the plan beside the table; without K it takes that of all."""
+    table = [{"up_to": 2, "plan": "10"}, {"up_to": 8, "num_speculative_tokens": 2}, {"num_speculative_tokens": 0}]
+    config = EasySpecConfig.parse(easyspec(layer_parallel={**PLAN, "by_batch_size": table}))
+    plans = config.layer_parallel.plan_table(10)
+    found = {size: (str(plans.at(size)), config.num_drafts_at(size)) for size in (1, 2, 3, 8, 9, 999)}
+    assert found == {
+        1: ("attention 10", 4), 2: ("attention 10", 4), 3: ("block 1-4-4-1", 2), 8: ("block 1-4-4-1", 2),
+        9: ("block 1-4-4-1", 0), 999: ("block 1-4-4-1", 0),
+    }  # fmt: skip
+    speculative, options = config.to_vllm()
+    assert speculative["num_speculative_tokens_per_batch_size"] == [[1, 2, 4], [3, 8, 2], [9, 9, 0]]
+    assert RuntimeOptions.from_json(options).layer_parallel.plan_table(10) == plans
+    assert EasySpecConfig.parse(config.to_dict()) == config
+
+
+def test_beyond_a_table_of_k_rounds_draft_the_k_of_all():
+    table = [{"up_to": 2, "num_speculative_tokens": 1}]
+    config = EasySpecConfig.parse(easyspec(layer_parallel={"by_batch_size": table}))
+    assert config.drafts_by_batch_size() == [[1, 2, 1], [3, 3, 4]]
+    assert [config.num_drafts_at(size) for size in (2, 3, 99)] == [1, 4, 4]
+
+
+def test_vllm_reads_a_table_of_k_as_we_do():
+    table = [{"up_to": 3, "num_speculative_tokens": 3}, {"up_to": 5, "plan": "10"}]
+    config = EasySpecConfig.parse(easyspec(layer_parallel={"by_batch_size": table}))
+    lookup = build_dynamic_sd_schedule_lookup(
+        config.to_vllm()[0]["num_speculative_tokens_per_batch_size"],
+        vllm_max_batch_size=16,
+        vllm_num_speculative_tokens=config.num_speculative_tokens,
+    )
+    assert lookup[1:] == [config.num_drafts_at(size) for size in range(1, 17)]
 
 
 def test_to_vllm_passes_vllms_fields_and_keeps_ours_apart():
@@ -147,7 +208,6 @@ def test_options_survive_the_way_to_the_worker(written):
     config = EasySpecConfig.parse(easyspec(layer_parallel=written, calibration="never"))
     carried = json.loads(json.dumps(config.to_vllm()[1]))
     options = RuntimeOptions.from_vllm(SimpleNamespace(additional_config={"easyspec": carried, "other": 1}))
-    assert options.layer_parallel.plan(10) == config.layer_parallel.plan(10)
     assert options.layer_parallel.plan_table(10) == config.layer_parallel.plan_table(10)
     assert (options.layer_parallel.mlp, options.calibration) == (config.layer_parallel.mlp, "never")
 
@@ -181,6 +241,36 @@ WRONG = {
     ),
     "unknown scope": ({"layer_parallel": {"scope": "mlp"}}, "layer_parallel.scope='mlp'.*'attention'.*'block'"),
     "a group of none": ({"layer_parallel": {"group_sizes": [1, 0, 4]}}, r"group_sizes\[1\]=0.*at least 1"),
+    "a plan of none": (
+        {"layer_parallel": {"plan": "1-0-4"}},
+        "layer_parallel.plan='1-0-4' is not allowed: .*as 1-4-4-1",
+    ),
+    "a plan of words": ({"layer_parallel": {"plan": "all"}}, "layer_parallel.plan='all'.*sizes joined by dashes"),
+    "a plan is a truth value": ({"layer_parallel": {"plan": True}}, "layer_parallel.plan=True.*valid string"),
+    "two forms of a plan": (
+        {"layer_parallel": {"plan": "1-4", "group_sizes": [1, 4]}},
+        r"^layer_parallel.plan=1-4 stands beside group_sizes.*Remove plan, or remove group_sizes$",
+    ),
+    "a plan beside a rule": (
+        {"layer_parallel": {"plan": "1-4", "group_size": 4}},
+        r"^layer_parallel.plan=1-4 stands beside group_size.*Remove plan, or remove group_size$",
+    ),
+    "a K above that of all": (
+        {"layer_parallel": {"by_batch_size": [{"up_to": 2, "num_speculative_tokens": 5}]}},
+        r"^layer_parallel.by_batch_size\[0\].num_speculative_tokens=5 is more than num_speculative_tokens=4.*Raise",
+    ),
+    "a negative K": (
+        {"layer_parallel": {"by_batch_size": [{"num_speculative_tokens": -1}]}},
+        r"by_batch_size\[0\].num_speculative_tokens=-1.*at least 0",
+    ),
+    "two tables of K": (
+        {
+            "layer_parallel": {"by_batch_size": [{"num_speculative_tokens": 2}]},
+            "num_speculative_tokens_per_batch_size": [[1, 8, 4]],
+        },
+        r"^layer_parallel.by_batch_size\[0\].num_speculative_tokens=2 stands beside num_speculative_tokens_per_batch_"
+        r"size=\[\[1, 8, 4\]\], and only one of the two may set K.*Remove num_speculative_tokens_per_batch_size, or",
+    ),
     "no groups": ({"layer_parallel": {"group_sizes": []}}, r"group_sizes=\[\].*at least 1 item"),
     "sizes are text": ({"layer_parallel": {"group_sizes": "1,4"}}, "group_sizes='1,4'.*valid list"),
     "both ways to group": (
@@ -262,9 +352,9 @@ def test_refused_fields_give_reason_and_remedy(name):
 def test_group_sizes_must_add_up_to_the_drafters_layers():
     plan = EasySpecConfig.parse(easyspec(layer_parallel={"group_sizes": [1, 4, 4]})).layer_parallel
     with pytest.raises(
-        ConfigError, match=r"layer_parallel.group_sizes=\[1, 4, 4\] add up to 9, but the drafter has 10 layers. Make"
+        ConfigError, match="^layer_parallel.group_sizes=1-4-4: .* add up to 9, but the drafter has 10 layers. Make"
     ):
-        plan.plan(10)
+        plan.draft_plan(10)
 
 
 FILES = {

@@ -32,27 +32,27 @@ def test_a_sound_pair(capsys):
     assert "LlamaForCausalLM, 10 layers, 4 heads, 2 K/V heads of 32" in report["drafter"]
     assert "1-4-4-1, scope attention: 14 sublayers one after another where the precise pass has 20" in report["plan"]
     assert "layers 0, 2, 4, 6, 8;" in report["rank 0"] and "layers 1, 3, 5, 7, 9;" in report["rank 1"]
-    assert "K/V 1280 bytes a token" in report["rank 0"], "5 layers x K and V x 2 heads x 32 x 2 bytes"
+    assert "K/V 1280 bytes per token" in report["rank 0"], "5 layers x K and V x 2 heads x 32 x 2 bytes"
     assert "512 tokens in both" in report["vocabulary"]
     assert re.search(r"vllm 0\.\d+.*torch .*python .*vllm-easyspec ", report["versions"])
 
 
 def test_plans_by_batch_size(capsys, tmp_path):
     path = tmp_path / "table.yaml"
-    table = [{"up_to": 4, "scope": "block", "group_sizes": [1, 8, 1]}, {"group_size": 2}]
+    table = [{"up_to": 4, "scope": "block", "plan": "1-8-1", "num_speculative_tokens": 2}, {"group_size": 2}]
     path.write_text(yaml.safe_dump(easyspec(layer_parallel={"by_batch_size": table})))
     assert main(["doctor", str(path)]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("by batch")]
     assert lines == [
-        "by batch    up to 4: 1-8-1, scope block",
-        "by batch    beyond: 1-2-2-2-2-1, scope attention",
+        "by batch    up to 4: 1-8-1, scope block, K=2",
+        "by batch    beyond: 1-2-2-2-2-1, scope attention, K=4",
     ]
 
 
 def test_more_ranks_than_layers(capsys):
     code, report, _ = doctor(capsys, TINY, "-tp", 16)
     assert code == 0
-    assert "attention of layers none;" in report["rank 15"] and "K/V 0 bytes a token" in report["rank 15"]
+    assert "attention of layers none;" in report["rank 15"] and "K/V 0 bytes per token" in report["rank 15"]
 
 
 def test_the_command_is_installed():
@@ -70,13 +70,13 @@ def test_a_line_and_exit_code_1_for_what_cannot_work(capsys, tmp_path):
     larger = model_folder(tmp_path / "larger", vocab_size=1024)
     phi = model_folder(tmp_path / "phi", architectures=["PhiForCausalLM"], model_type="phi")
     wrong = tmp_path / "wrong.yaml"
-    wrong.write_text(yaml.safe_dump(easyspec(layer_parallel={"group_sizes": [1, 4, 4]})))
+    wrong.write_text(yaml.safe_dump(easyspec(layer_parallel={"plan": "1-4-4"})))
     for arguments, message in [
         (["nowhere.yaml"], "speculative_config='nowhere.yaml' can't be read"),
         ([json.dumps(easyspec(num_speculative_tokens=0))], "num_speculative_tokens=0 is not allowed"),
         ([json.dumps({"method": "ngram"})], "method='ngram' is not easyspec"),
         ([json.dumps(easyspec(tmp_path / "none"))], "does not exist. Give the drafter's folder"),
-        ([wrong], "group_sizes=[1, 4, 4] add up to 9, but the drafter has 10 layers"),
+        ([wrong], "layer_parallel.plan=1-4-4: the group sizes add up to 9, but the drafter has 10 layers"),
         ([TINY, "--drafter", phi], "architectures=['PhiForCausalLM'] is not a drafter that easyspec can run"),
         ([TINY, "--drafter", larger, "--model", TARGET], "vocab_size=1024, the target's vocab_size=512"),
         ([TINY, "--model", tmp_path], f"model='{tmp_path}' can't be read"),

@@ -18,7 +18,7 @@ from vllm_easyspec.cli import main
 from vllm_easyspec.config import OPTIONS_KEY, ConfigError, EasySpecConfig, RuntimeOptions
 from vllm_easyspec.drafter.architectures import DrafterShape
 from vllm_easyspec.drafter.placement import LayerPlacement
-from vllm_easyspec.drafter.plan import LayerPlan
+from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.lookahead import LookaheadFile, LookaheadMaps, check_lookahead, drafter_identity, write_maps
 from vllm_easyspec.tune.fit import Moments, PairMoments, _reach, cut, read_texts
 
@@ -109,7 +109,7 @@ def test_r2_is_the_share_of_variance_explained():
 
 
 def test_reach_is_what_the_plans_need():
-    plans = [LayerPlan((1, 4, 4, 1)), LayerPlan((1, 2, 6, 1)), LayerPlan((3, 7))]
+    plans = [DraftPlan((1, 4, 4, 1)), DraftPlan((1, 2, 6, 1)), DraftPlan((3, 7))]
     assert _reach(plans, 10, longest_group=1) == {0: 2, 1: 4, 3: 9, 5: 8}
     assert _reach([], 5, longest_group=3) == {1: 3, 2: 4, 3: 4}
 
@@ -175,7 +175,7 @@ def test_a_file_is_read_as_written(maps_file):
     assert (file.reach, file.rank, file.hidden_size) == ({1: 4, 5: 8}, 4, HIDDEN)
     file.check_drafter(DRAFTER, SHAPE)
     for sizes in ([1, 4, 4, 1], [1, 3, 1, 3, 1, 1], [1] * 10):
-        file.check_plan(LayerPlan(tuple(sizes)))
+        file.check_plan(DraftPlan(tuple(sizes)))
 
 
 def test_a_group_computes_its_definition(maps_file):
@@ -233,13 +233,13 @@ def without(path, name, **changes):
 def test_a_file_that_cannot_serve(maps_file, spoil, message):
     spoil(maps_file)
     with pytest.raises(ConfigError, match=message):
-        check_lookahead(str(maps_file), str(DRAFTER), None, SHAPE, [LayerPlan((1, 4, 4, 1))])
+        check_lookahead(str(maps_file), str(DRAFTER), None, SHAPE, [DraftPlan((1, 4, 4, 1))])
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (5, 5), (1, 2, 2, 2, 2, 1)])
 def test_a_plan_without_maps(maps_file, sizes):
     with pytest.raises(ConfigError, match=r"has no maps for layers \[.*Fit them \(vllm-easyspec fit --plans"):
-        check_lookahead(str(maps_file), str(DRAFTER), None, SHAPE, [LayerPlan(sizes)])
+        check_lookahead(str(maps_file), str(DRAFTER), None, SHAPE, [DraftPlan(sizes)])
 
 
 def test_another_drafter_has_another_identity(tmp_path):
@@ -279,7 +279,7 @@ def test_an_engine_takes_it_up(maps_file):
 
 def test_an_engine_refuses_it_before_anything_is_loaded(maps_file, tmp_path):
     with pytest.raises(ConfigError, match="no maps for layers"):
-        engine_config(lookahead=str(maps_file), layer_parallel={"group_sizes": [1, 8, 1]})
+        engine_config(lookahead=str(maps_file), layer_parallel={"plan": "1-8-1"})
     with pytest.raises(ConfigError, match="can't be read: No such file.*or remove it"):
         engine_config(lookahead=str(tmp_path / "none.safetensors"))
     without(maps_file, "", drafter="?")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vllm_easyspec.drafter.placement import MlpPlacement
-from vllm_easyspec.drafter.plan import LayerPlan
+from vllm_easyspec.drafter.plan import DraftPlan
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import model_ranks as model  # noqa: E402
@@ -24,7 +24,8 @@ SHAPE = replace(
     head_dim=5,
     vocab_size=100,
 )
-PRECISE, GROUPED = LayerPlan.precise(4), LayerPlan((1, 2, 1))
+PRECISE = DraftPlan.precise(4)
+ATTENTION, BLOCK = DraftPlan((1, 2, 1), "attention"), DraftPlan((1, 2, 1), "block")
 
 
 def drafter(ranks: int, mlp: MlpPlacement = MlpPlacement.TENSOR) -> model.Model:
@@ -37,11 +38,11 @@ def test_one_rank():
     # Gate and up 10 x 40, down 20 x 10, norm and SwiGLU.
     mlp = 800 + 400 + 20
     ends = 30 + 2 * 100 * 10
-    assert drafter(1).step(PRECISE, "attention") == 4 * (attention + mlp) + ends
+    assert drafter(1).step(PRECISE) == 4 * (attention + mlp) + ends
     assert drafter(1).tensor_parallel_step() == 4 * (attention + mlp) + ends
     # Two layers side by side read twice the bytes and save the fixed kernels of one.
-    assert drafter(1).step(GROUPED, "attention") == 4 * (attention + mlp) + ends - 20
-    assert drafter(1).step(GROUPED, "block") == 4 * (attention + mlp) + ends - 40
+    assert drafter(1).step(ATTENTION) == 4 * (attention + mlp) + ends - 20
+    assert drafter(1).step(BLOCK) == 4 * (attention + mlp) + ends - 40
 
 
 def test_two_ranks():
@@ -49,11 +50,11 @@ def test_two_ranks():
     attention = 400 + 60 + 200 + 20 + 20 + small  # whole on one rank, and the two kernels around its collective
     mlp = 400 + 200 + 20 + small
     ends = 30 + 1000 + 2 * small
-    assert drafter(2).step(PRECISE, "attention") == pytest.approx(4 * (attention + mlp) + ends)
+    assert drafter(2).step(PRECISE) == pytest.approx(4 * (attention + mlp) + ends)
     # The group's two attentions take the time of one, with one collective.
-    assert drafter(2).step(GROUPED, "attention") == pytest.approx(3 * attention + 4 * mlp + ends)
+    assert drafter(2).step(ATTENTION) == pytest.approx(3 * attention + 4 * mlp + ends)
     block = 3 * attention + 2 * mlp + (800 + 400 + 20 + small) + ends
-    assert drafter(2).step(GROUPED, "block") == pytest.approx(block)
+    assert drafter(2).step(BLOCK) == pytest.approx(block)
     tensor = 200 + 30 + 100 + 20 + small
     assert drafter(2).tensor_parallel_step() == pytest.approx(4 * (tensor + mlp) + ends)
 
@@ -66,7 +67,7 @@ def test_replicated_mlps_read_everything_and_have_no_collective():
 
 def test_heads_that_ranks_do_not_divide_have_no_tensor_parallel_step():
     assert drafter(4).tensor_parallel_step() is None
-    assert drafter(4).step(GROUPED, "attention") > 0
+    assert drafter(4).step(ATTENTION) > 0
 
 
 def test_all_reduce_between_the_tables_sizes():
@@ -88,9 +89,9 @@ def test_a_prompts_attention_is_on_one_rank():
 
 
 def test_the_fit_reproduces_the_measured_step():
-    shape, plan = model.read_shape("Qwen2.5-0.5B-Instruct"), LayerPlan.precise(24)
+    shape, plan = model.read_shape("Qwen2.5-0.5B-Instruct"), DraftPlan.precise(24)
     fitted = model.fitted(model.H200, shape, {"bandwidth_tb_s": 4.0, "step_ms": 0.9, "batch": 1})
     assert fitted.bandwidth == 4e12 and 0.5 < fitted.kernel_us < 20
-    assert model.make(shape, 1, 1, 256, fitted).step(plan, "attention") == pytest.approx(900, rel=1e-3)
+    assert model.make(shape, 1, 1, 256, fitted).step(plan) == pytest.approx(900, rel=1e-3)
     with pytest.raises(ValueError, match="a precise step of 0.01 ms is shorter than its bytes take"):
         model.fitted(model.H200, shape, {"bandwidth_tb_s": 4.0, "step_ms": 0.01, "batch": 1})

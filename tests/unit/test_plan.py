@@ -1,9 +1,9 @@
-"""`LayerPlan` and `LayerPlacement`."""
+"""`DraftPlan`, `PlanTable` and `LayerPlacement`."""
 
 import pytest
 
 from vllm_easyspec.drafter.placement import LayerPlacement, MlpPlacement
-from vllm_easyspec.drafter.plan import LayerPlan
+from vllm_easyspec.drafter.plan import DraftPlan, PlanRange, PlanTable, parse_grouping
 
 
 @pytest.mark.parametrize(
@@ -21,35 +21,77 @@ from vllm_easyspec.drafter.plan import LayerPlan
     ],
 )
 def test_grouped_plans(layers, size, head, tail, sizes):
-    assert LayerPlan.grouped(layers, size, head, tail).group_sizes == sizes
+    assert DraftPlan.grouped(layers, size, head, tail).group_sizes == sizes
 
 
 def test_groups_are_consecutive_and_cover_all_layers():
-    plan = LayerPlan((1, 4, 3, 1))
+    plan = DraftPlan((1, 4, 3, 1))
     assert plan.groups == (range(0, 1), range(1, 5), range(5, 8), range(8, 9))
     assert [layer for group in plan.groups for layer in group] == list(range(plan.num_layers))
-    assert str(plan) == "1-4-3-1"
+    assert (plan.grouping, str(plan)) == ("1-4-3-1", "attention 1-4-3-1")
+    assert parse_grouping(plan.grouping) == plan.group_sizes
+
+
+@pytest.mark.parametrize("text", ["", "1-", "-1", "1--4", "1-0", "1,4", "1-x", "1-\u00b2", " 1-4"])
+def test_other_texts_are_no_plan(text):
+    with pytest.raises(ValueError, match="is not a plan. Give the sizes of all groups in order, such as 1-4-4-1"):
+        parse_grouping(text)
+
+
+def test_there_is_one_precise_plan():
+    assert DraftPlan((1,) * 4, "block") == DraftPlan.precise(4)
+    assert str(DraftPlan((1,) * 4, "block")) == "precise"
+    assert DraftPlan((4,), "block") != DraftPlan((4,), "attention")
+
+
+def test_an_unknown_scope_is_refused():
+    with pytest.raises(ValueError, match="scope='mlp' is not one of attention, block"):
+        DraftPlan((1, 4), "mlp")
 
 
 def test_sequential_steps_are_the_definition():
     """1 + N a group in attention scope, 2 in block scope; the precise pass has 2 a layer in either."""
-    plan = LayerPlan((1, 4, 4, 1))
-    assert plan.sequential_steps("attention") == 2 + 5 + 5 + 2
-    assert plan.sequential_steps("block") == 8
-    precise = LayerPlan.precise(10)
+    plan = DraftPlan((1, 4, 4, 1), "attention")
+    assert plan.sequential_steps == 2 + 5 + 5 + 2
+    assert DraftPlan((1, 4, 4, 1), "block").sequential_steps == 8
+    precise = DraftPlan.precise(10)
     assert precise.is_precise and not plan.is_precise
-    assert precise.sequential_steps("attention") == precise.sequential_steps("block") == 20
+    assert precise.sequential_steps == 20
 
 
 def test_sizes_that_do_not_add_up_are_refused():
-    with pytest.raises(ValueError, match=r"group_sizes=\[1, 4\] add up to 5, but the drafter has 10 layers"):
-        LayerPlan.of_sizes(10, [1, 4])
+    with pytest.raises(ValueError, match=r"^plan=1-4: the group sizes add up to 5, but the drafter has 10 layers"):
+        DraftPlan.of_sizes(10, [1, 4])
 
 
 @pytest.mark.parametrize("sizes", [(), (1, 0, 2), (-1,)])
 def test_empty_and_non_positive_groups_are_refused(sizes):
-    with pytest.raises(ValueError, match="at least one group, each of at least 1"):
-        LayerPlan(sizes)
+    with pytest.raises(ValueError, match="at least one group, each of at least 1 layer"):
+        DraftPlan(sizes)
+
+
+PRECISE, HALVES, ONE = DraftPlan.precise(4), DraftPlan((2, 2), "block"), DraftPlan((4,), "block")
+
+
+@pytest.mark.parametrize(
+    ("ranges", "expected"),
+    [
+        ((), [PRECISE] * 6),
+        (((2, HALVES), (4, ONE)), [HALVES, HALVES, ONE, ONE, PRECISE, PRECISE]),
+        (((1, HALVES), (None, ONE)), [HALVES] + [ONE] * 5),
+    ],
+    ids=["none", "default above", "open"],
+)
+def test_a_table_has_a_plan_for_every_batch_size(ranges, expected):
+    table = PlanTable.of(PRECISE, ranges)
+    assert [table.at(size) for size in range(1, 7)] == expected
+    assert table.plans == tuple(dict.fromkeys(expected)) and table.largest == expected[-1]
+
+
+@pytest.mark.parametrize("ends", [[4, 2, None], [2, 2, None], [2], [None, 2], [None, None]])
+def test_ranges_that_do_not_ascend_to_an_open_one_are_refused(ends):
+    with pytest.raises(ValueError, match="don't ascend to an open one"):
+        PlanTable(tuple(PlanRange(end, ONE) for end in ends))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8, 16])

@@ -9,11 +9,10 @@ from tiny_models import easyspec
 from tune_findings import PLANS, findings
 
 from vllm_easyspec.config import EasySpecConfig
-from vllm_easyspec.drafter.plan import LayerPlan
+from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.tune.planner import (
     Point,
     Range,
-    ScopedPlan,
     StageTimes,
     best_plans,
     choose,
@@ -24,9 +23,9 @@ from vllm_easyspec.tune.planner import (
 )
 from vllm_easyspec.tune.tuner import configured
 
-PRECISE = ScopedPlan(LayerPlan.precise(4), "attention")
-HALVES = ScopedPlan(LayerPlan((2, 2)), "block")
-ONE = ScopedPlan(LayerPlan((4,)), "block")
+PRECISE = DraftPlan.precise(4)
+HALVES = DraftPlan((2, 2), "block")
+ONE = DraftPlan((4,), "block")
 
 
 def partitions(num_layers: int):
@@ -38,7 +37,7 @@ def partitions(num_layers: int):
                 sizes.append(1)
             else:
                 sizes[-1] += 1
-        yield LayerPlan(tuple(sizes))
+        yield DraftPlan(tuple(sizes))
 
 
 def random_costs(num_layers: int, largest: int, seed: int, integral: bool = False) -> dict[tuple[int, int], float]:
@@ -53,7 +52,7 @@ def random_costs(num_layers: int, largest: int, seed: int, integral: bool = Fals
 @pytest.mark.parametrize(("num_layers", "largest"), [(1, 1), (2, 2), (5, 5), (8, 8), (9, 4)])
 def test_best_plans_are_the_best_of_all(num_layers, largest, seed, integral):
     costs = random_costs(num_layers, largest, seed, integral)
-    found = {len(plan.group_sizes): plan for plan in best_plans(num_layers, costs)}
+    found = {len(plan.group_sizes): plan for plan in best_plans(num_layers, costs, "block")}
     allowed = [plan for plan in partitions(num_layers) if max(plan.group_sizes) <= largest]
     lowest: float | None = None  # of the plans with fewer groups
     for groups in range(1, num_layers + 1):
@@ -67,7 +66,7 @@ def test_best_plans_are_the_best_of_all(num_layers, largest, seed, integral):
 
 
 def test_plans_come_from_most_to_fewest_groups():
-    plans = best_plans(6, random_costs(6, 6, 0))
+    plans = best_plans(6, random_costs(6, 6, 0), "block")
     assert plans[0].is_precise or plan_cost(plans[0], random_costs(6, 6, 0)) == 0
     assert [len(plan.group_sizes) for plan in plans] == sorted((len(plan.group_sizes) for plan in plans), reverse=True)
 
@@ -139,7 +138,7 @@ def test_what_a_configuration_does_at_a_batch_size():
         easyspec(
             num_speculative_tokens=5,
             num_speculative_tokens_per_batch_size=[[1, 4, 7], [8, 16, 3], [17, 64, 0]],
-            layer_parallel={"group_size": 2, "by_batch_size": [{"up_to": 2, "scope": "block", "group_sizes": [4]}]},
+            layer_parallel={"group_size": 2, "by_batch_size": [{"up_to": 2, "scope": "block", "plan": "4"}]},
         )
     )
     points = {size: configured(config, size, 4) for size in (1, 2, 3, 5, 8, 17, 99)}

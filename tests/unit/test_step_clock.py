@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from vllm_easyspec.bench.step_clock import StepClock, leave_worker_classes
+from vllm_easyspec.bench.step_clock import StepClock
+from vllm_easyspec.compat import remove_worker_extension
 
 
 class Speculator:
@@ -47,7 +48,7 @@ def test_a_target_alone_has_no_times():
     assert worker.bench_times() == {"draft": None, "verify": None}
 
 
-def test_worker_classes_can_be_left():
+def test_a_worker_class_is_freed_of_an_extension():
     class Worker(Runner):
         pass
 
@@ -59,6 +60,6 @@ def test_worker_classes_can_be_left():
 
     Worker.__bases__ += (StepClock,)  # as vLLM does
     assert hasattr(EasySpecWorker, "bench_times")
-    leave_worker_classes()
+    remove_worker_extension(StepClock)
     assert not hasattr(EasySpecWorker, "bench_times") and not hasattr(Worker, "bench_times")
     assert Extension.__bases__ == (StepClock,)

@@ -3,11 +3,11 @@
 import pytest
 
 from vllm_easyspec.cli import main
-from vllm_easyspec.drafter.plan import LayerPlan
+from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.tune.engine import WARM_ROUNDS, Engine, TunedEngine, Window
-from vllm_easyspec.tune.flights import Flights, Observation, confirmed, in_turn
-from vllm_easyspec.tune.planner import Point, ScopedPlan
+from vllm_easyspec.tune.planner import Point
 from vllm_easyspec.tune.progress import Progress
+from vllm_easyspec.tune.trials import Observation, Trials, confirmed, in_turn
 
 
 class Clock(Progress):
@@ -70,35 +70,35 @@ class Recorded(TunedEngine):
         self.calls.append((method, arguments))
         return {"rounds_by_plan": [{"num_speculative_tokens": 5, "rounds": 9}], "stage_ms": {"draft": None}}
 
-    def fly(self, rounds: int) -> Window:
-        self.calls.append(("fly", rounds))
+    def run_rounds(self, rounds: int) -> Window:
+        self.calls.append(("run_rounds", rounds))
         return Window(tokens=3 * rounds, request_rounds=rounds, seconds=0.01 * rounds, rounds=rounds)
 
 
 def test_a_point_is_set_then_warmed_up_then_counted_anew():
-    engine, plan = Recorded(), ScopedPlan(LayerPlan((2, 2)), "block")
-    window, stats = engine.measure(Point(plan, 5), lambda: engine.fly(7))
+    engine, plan = Recorded(), DraftPlan((2, 2), "block")
+    window, stats = engine.measure(Point(plan, 5), lambda: engine.run_rounds(7))
     assert engine.num_drafts_by_batch_size == [5] * 4
     assert engine.calls == [
-        ("easyspec_configure", {"scope": "block", "group_sizes": [2, 2]}),
+        ("easyspec_configure", {"scope": "block", "plan": "2-2"}),
         ("easyspec_capture", {"batch_sizes": [2], "num_speculative_tokens": [5]}),
-        ("fly", WARM_ROUNDS),
+        ("run_rounds", WARM_ROUNDS),
         ("easyspec_stats", {"reset": True}),
-        ("fly", 7),
+        ("run_rounds", 7),
         ("easyspec_stats", {}),
     ]
     assert window.wall_ms == pytest.approx(10) and Observation.of(window, stats).stage_ms == {"draft": 0.0}
     with pytest.raises(RuntimeError, match=r"were to draft 3 tokens, and drafted \[5\]"):
-        engine.measure(Point(plan, 3), lambda: engine.fly(7))
+        engine.measure(Point(plan, 3), lambda: engine.run_rounds(7))
 
 
-def test_flights_are_the_same_for_every_point_and_go_through_all_prompts():
+def test_trials_are_the_same_for_every_point_and_go_through_all_prompts():
     prompts = [{"prompt_token_ids": [number] * number} for number in range(1, 8)]
-    flights = Flights(prompts, largest=4, most_drafts=3, tokens=16)
-    assert flights.longest == 7 + 1 + (4 + WARM_ROUNDS + 16) * 4
-    assert [len(flights.numbers(size, 0)) for size in (1, 4, 15, 64)] == [15, 4, 1, 1]
-    assert list(flights.numbers(4, 2)) == [8, 9, 10, 11]
-    taken = [prompt["prompt_token_ids"][0] for flight in flights.numbers(4, 0) for prompt in flights.batch(4, flight)]
+    trials = Trials(prompts, largest=4, max_drafts=3, tokens=16)
+    assert trials.longest == 7 + 1 + (4 + WARM_ROUNDS + 16) * 4
+    assert [len(trials.numbers(size, 0)) for size in (1, 4, 15, 64)] == [15, 4, 1, 1]
+    assert list(trials.numbers(4, 2)) == [8, 9, 10, 11]
+    taken = [prompt["prompt_token_ids"][0] for trial in trials.numbers(4, 0) for prompt in trials.batch(4, trial)]
     assert taken == [1 + index % 7 for index in range(16)]
     assert list(in_turn("abc", 0)) == list("abc") and list(in_turn("abc", 1)) == list("cba")
 
@@ -152,7 +152,7 @@ class Scripted(Engine):
 
 def test_requests_count_until_they_have_written_enough():
     engine = Scripted(quick=[4, 5, 5, 5], slow=[1, 2, 2, 1], late=[0, 3, 3, 9])
-    window = engine.write(6)
+    window = engine.run_tokens(6)
     assert window.rounds == 4 and window.tokens == 18
     assert window.request_rounds == pytest.approx((1 + 2 / 5) + 4 + 3)
     observed = Observation(window, {"draft": 2.0})
@@ -160,7 +160,7 @@ def test_requests_count_until_they_have_written_enough():
 
 
 def test_slow_minutes_of_the_machine_cancel():
-    """The point takes 0.8 times as long as the reference; two of five flights are three times as slow."""
+    """The point takes 0.8 times as long as the reference; two of five trials are three times as slow."""
 
     def observed(slowness: float, ms: float) -> Observation:
         window = Window(tokens=20, request_rounds=10, seconds=0.01 * slowness * (ms + 1), rounds=10)

@@ -8,14 +8,12 @@ from tiny_models import DRAFTER
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
 from vllm_easyspec.config import EasySpecConfig
-from vllm_easyspec.drafter.plan import LayerPlan
-from vllm_easyspec.speculator import Drafting
-from vllm_easyspec.tune.planner import Point, ScopedPlan, choose, ranges
-from vllm_easyspec.tune.written import tuned_yaml
+from vllm_easyspec.drafter.plan import DraftPlan
+from vllm_easyspec.tune.planner import Point, choose, ranges
+from vllm_easyspec.tune.tuned_yaml import tuned_yaml
 
 BLOCK, PAPER, ONE = (
-    ScopedPlan(LayerPlan(sizes), scope)
-    for sizes, scope in (((1, 8, 1), "block"), ((1, 4, 4, 1), "attention"), ((10,), "block"))
+    DraftPlan(sizes, scope) for sizes, scope in (((1, 8, 1), "block"), ((1, 4, 4, 1), "attention"), ((10,), "block"))
 )
 CHOICES = {
     "one point": {1: Point(BLOCK, 4), 8: Point(BLOCK, 4)},
@@ -46,18 +44,16 @@ def test_the_tuned_configuration_does_what_was_chosen(tmp_path, untuned, chosen)
     out.parent.mkdir()
     out.write_text(tuned_yaml(untuned, out, ranges(chosen), ["Tuned by: a test"], {}))
     config = EasySpecConfig.parse(out)
-    plans = config.layer_parallel
-    drafting = Drafting(
-        plans.plan(10), plans.scope, config.num_speculative_tokens, "every_round", by_batch_size=plans.plan_table(10)
-    )
-    table = config.num_speculative_tokens_per_batch_size or [[1, 1, config.num_speculative_tokens]]
+    plans = config.layer_parallel.plan_table(10)
+    table = config.to_vllm()[0].get("num_speculative_tokens_per_batch_size", [[1, 1, config.num_speculative_tokens]])
     drafts = build_dynamic_sd_schedule_lookup(table, 64, config.num_speculative_tokens)
     for size in range(1, 65):
         expected = chosen.get(size) or chosen[min((s for s in chosen if s > size), default=max(chosen))]
         assert drafts[size] == expected.num_drafts
         if expected.num_drafts:
-            assert drafting.choice(size) == (expected.plan.plan, expected.plan.scope)
-    assert (config.draft_sample_method, config.check_ranks, plans.mlp) == ("probabilistic", True, "tensor")
+            assert plans.at(size) == expected.plan
+    mlp = config.layer_parallel.mlp
+    assert (config.draft_sample_method, config.check_ranks, mlp) == ("probabilistic", True, "tensor")
 
 
 @pytest.mark.parametrize(("model", "written"), [("../drafter", "../../drafter"), ("a/hub-name", "a/hub-name")])
@@ -76,7 +72,6 @@ def test_json_is_taken_too(tmp_path):
     text = tuned_yaml(source, tmp_path / "tuned.yaml", ranges(chosen), ["first", "second"], {Point(BLOCK, 3): "a note"})
     assert text.startswith("# first\n# second\nmethod: easyspec\n")
     assert (
-        "scope: block # a note\n" in text
-        and "group_sizes: [1, 8, 1] # 10 layers as 1-8-1: 6 sequential steps, precise has 20\n" in text
+        "scope: block # a note\n" in text and "plan: 1-8-1 # 10 layers in 6 sequential steps, precise has 20\n" in text
     )
     assert yaml.safe_load(text)["model"] == str(DRAFTER)

@@ -44,9 +44,9 @@ def sequences(reqs: int, queries: int = 1) -> Sequences:
 
 def test_metadata_for_groups_of_several_sizes_live_side_by_side():
     pages = PagedKV([], Builder(), BLOCKS, BLOCK_SIZE)
-    single = pages.metadata(pages.virtual(sequences(2), 1))
+    single = pages.metadata(sequences(2).repeat_layers(1, BLOCKS, BLOCK_SIZE))
     before = copy.deepcopy(single.schedule)
-    pages.metadata(pages.virtual(sequences(2), 3))
+    pages.metadata(sequences(2).repeat_layers(3, BLOCKS, BLOCK_SIZE))
     assert single.schedule is None or torch.equal(single.schedule, before)
 
 

@@ -1,15 +1,15 @@
 """Made-up findings of a tuning run, for the report's tests."""
 
-from vllm_easyspec.drafter.plan import LayerPlan
-from vllm_easyspec.tune.flights import Confirmed
-from vllm_easyspec.tune.planner import Point, ScopedPlan, StageTimes, predicted_rate, tokens_a_round
+from vllm_easyspec.drafter.plan import DraftPlan
+from vllm_easyspec.tune.planner import Point, StageTimes, predicted_rate, tokens_a_round
+from vllm_easyspec.tune.trials import Confirmed
 from vllm_easyspec.tune.tuner import Findings
 
 SIZES = (1, 4, 16)
 PLANS = [
-    ScopedPlan(LayerPlan.precise(10), "attention"),
+    DraftPlan.precise(10),
     *(
-        ScopedPlan(LayerPlan(sizes), scope)
+        DraftPlan(sizes, scope)
         for sizes in ((1, 4, 4, 1), (1, 3, 3, 2, 1), (1, 8, 1))
         for scope in ("attention", "block")
     ),
@@ -27,7 +27,7 @@ ABOUT = {
 def findings() -> Findings:
     untuned = PLANS[1]
     found = Findings(10, {size: Point(untuned, 5) for size in SIZES}, by_wall=False, same_answers=True)
-    found.costs = {plan: (20 - plan.steps) / 60 for plan in PLANS[1:]}
+    found.costs = {plan: (20 - plan.sequential_steps) / 60 for plan in PLANS[1:]}
     found.correction = {0: 1.0, 2: 1.05, 8: 1.0}
     for plan in PLANS:
         own = 0.72 - found.costs.get(plan, 0.0) / 2
@@ -37,7 +37,7 @@ def findings() -> Findings:
         found.times[size] = StageTimes(
             calibrate={k: ms * (2 + 0.1 * k) for k in (0, 1, 2, 4, 8)},
             verify={k: ms * (2 + 0.4 * k) for k in (0, 1, 2, 4, 8)},
-            step={plan: ms * (0.5 + 0.09 * plan.steps) for plan in PLANS},
+            step={plan: ms * (0.5 + 0.09 * plan.sequential_steps) for plan in PLANS},
             other=6.0,
         )
         found.confirmed[size] = {

@@ -1,5 +1,7 @@
 """`vllm-easyspec bench`: timing, apart from tests."""
 
+from vllm_easyspec.errors import CommandError
 
-class BenchmarkError(Exception):
-    """A benchmark can't run as asked, or found what must not be. The message says all that a user needs."""
+
+class BenchmarkError(CommandError):
+    """A benchmark can't run as asked, or found what must not be."""

@@ -7,7 +7,6 @@ where there is a GPU. It lasts until the slowest rank is done; a step is its (K 
 """
 
 import time
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -16,27 +15,21 @@ from vllm.distributed import get_tp_group
 from vllm.platforms import current_platform
 
 from vllm_easyspec.config import LayerParallelConfig, RuntimeOptions
-from vllm_easyspec.drafter.plan import LayerPlan, Scope
+from vllm_easyspec.drafter.plan import SCOPES, DraftPlan
+from vllm_easyspec.engineless import EnginelessDrafter
 from vllm_easyspec.graphs import DraftGraph
-from vllm_easyspec.standalone import StandaloneDrafter, run_ranks
+from vllm_easyspec.metrics import plan_json
+from vllm_easyspec.ranks import run_ranks
 
 BANDWIDTH_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}  # read in some milliseconds
 NUM_DRAFTS = 5  # K
 ROOM = 32  # positions after the context, for the drafts
 
 
-@dataclass(frozen=True)
-class Case:
-    """A plan under a scope; the precise plan has no scope worth telling."""
-
-    plan: LayerPlan
-    scope: Scope
-
-
 def measure(
     drafter: str,
     ranks: int,
-    plans: list[list[int]] | None,
+    plans: list[tuple[int, ...]] | None,
     batches: list[int],
     contexts: list[int],
     *,
@@ -45,7 +38,7 @@ def measure(
     mlp: str = "auto",
     repetitions: int = 60,
 ) -> list[dict[str, Any]]:
-    """Rows with the keys `scope, group_sizes, ranks, batch, context, step_ms, precise_ms, speedup, floor_ms` and more.
+    """Rows with the keys `scope, plan, ranks, batch, context, step_ms, precise_ms, speedup, floor_ms` and more.
 
     plans: group sizes of each plan, the default plan where None; times are medians in milliseconds.
     """
@@ -70,7 +63,7 @@ def _slowest(rows: tuple[dict[str, Any], ...]) -> dict[str, Any]:
 
 def _measure_rank(
     path: str,
-    plans: list[list[int]] | None,
+    plans: list[tuple[int, ...]] | None,
     batches: list[int],
     contexts: list[int],
     dtype: str,
@@ -79,36 +72,35 @@ def _measure_rank(
     repetitions: int,
 ) -> list[dict[str, Any]]:
     options = RuntimeOptions(layer_parallel=LayerParallelConfig(mlp=mlp))  # type: ignore[arg-type]
-    drafter = StandaloneDrafter(
+    drafter = EnginelessDrafter(
         path,
         options,
         dtype=dtype,
         load_format=load_format,
         max_num_reqs=max(batches),
         max_len=max(contexts) + ROOM,
+        num_drafts=NUM_DRAFTS,
         graph_sizes=batches if current_platform.is_cuda() else (),
     )
     layers = drafter.model.shape.num_layers
-    chosen = [LayerPlan.of_sizes(layers, sizes) for sizes in plans] if plans else [options.layer_parallel.plan(layers)]
-    cases = [Case(plan, scope) for plan in chosen for scope in ("attention", "block")]  # type: ignore[arg-type]
-    precise = Case(drafter.precise, "attention")
+    groupings = plans or [options.layer_parallel.draft_plan(layers).group_sizes]
+    chosen = [DraftPlan.of_sizes(layers, sizes, scope) for sizes in groupings for scope in SCOPES]
     bandwidth = read_bandwidth(drafter.device)
     rows = []
     for batch in batches:
         for context in contexts:
-            times = _interleaved(drafter, [precise, *cases], batch, context, repetitions)
+            times = _interleaved(drafter, [drafter.precise, *chosen], batch, context, repetitions)
             moved = bytes_a_step(drafter, batch, context)
-            for case in cases:
+            for plan in chosen:
                 rows.append(
-                    {
-                        "scope": case.scope,
-                        "group_sizes": list(case.plan.group_sizes),
+                    plan_json(plan)
+                    | {
                         "ranks": drafter.model.num_ranks,
                         "batch": batch,
                         "context": context,
                         "mlp": drafter.model.mlp.value,
-                        "step_ms": 1e3 * times[case],
-                        "precise_ms": 1e3 * times[precise],
+                        "step_ms": 1e3 * times[plan],
+                        "precise_ms": 1e3 * times[drafter.precise],
                         "bytes": moved,
                         "floor_ms": 1e3 * moved / bandwidth,
                     }
@@ -118,33 +110,32 @@ def _measure_rank(
 
 @torch.inference_mode()
 def _interleaved(
-    drafter: StandaloneDrafter, cases: list[Case], batch: int, context: int, repetitions: int
-) -> dict[Case, float]:
-    """Median seconds of a step of each case; the first fifth warms up."""
-    loop = drafter.loop(NUM_DRAFTS)
-    graphs = drafter.graphs() if drafter.graph_sizes else None
-    recorded = {case: DraftGraph.draft(batch, NUM_DRAFTS, case.plan, case.scope) for case in cases}
+    drafter: EnginelessDrafter, plans: list[DraftPlan], batch: int, context: int, repetitions: int
+) -> dict[DraftPlan, float]:
+    """Median seconds of a step of each plan; the first fifth warms up."""
+    loop, graphs = drafter.loop, drafter.graphs
+    recorded = {plan: DraftGraph.draft(batch, NUM_DRAFTS, plan) for plan in plans}
     if graphs is not None:
         loop.record(graphs, list(recorded.values()))
-    times: dict[Case, list[float]] = {case: [] for case in cases}
+    times: dict[DraftPlan, list[float]] = {plan: [] for plan in plans}
     for repetition in range(repetitions + repetitions // 5):
-        for case in cases:
+        for plan in recorded:
             loop.positions[:batch] = context - 1
             loop.live[:batch] = True
             get_tp_group().barrier()
             _synchronize(drafter.device)
             began = time.perf_counter()
             if graphs is None:
-                loop.draft(batch, NUM_DRAFTS, case.plan, case.scope, context + NUM_DRAFTS)
+                loop.draft(batch, NUM_DRAFTS, plan, context + NUM_DRAFTS)
             else:
-                graphs.replay(recorded[case])
+                graphs.replay(recorded[plan])
             _synchronize(drafter.device)
             if repetition >= repetitions // 5:
-                times[case].append(time.perf_counter() - began)
-    return {case: median(seconds) / (NUM_DRAFTS - 1) for case, seconds in times.items()}
+                times[plan].append(time.perf_counter() - began)
+    return {plan: median(seconds) / (NUM_DRAFTS - 1) for plan, seconds in times.items()}
 
 
-def bytes_a_step(drafter: StandaloneDrafter, batch: int, context: int) -> int:
+def bytes_a_step(drafter: EnginelessDrafter, batch: int, context: int) -> int:
     """What a rank must read from memory in a step: its weights but for the embedding's unused rows, and the K/V."""
     model = drafter.model
     embedding = model.embed_tokens.weight

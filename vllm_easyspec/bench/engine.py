@@ -55,7 +55,7 @@ class Workload:
 
 @dataclass
 class Measured:
-    """What one arm did at one concurrency, a value a turn."""
+    """What one arm did at one concurrency, a value per turn."""
 
     levels: list[Level] = field(default_factory=list)
     speculation: list[dict[str, Any]] = field(default_factory=list)
@@ -68,15 +68,14 @@ def speculative_configs(config: EasySpecConfig, baselines: Sequence[str]) -> dic
     """Each arm's `speculative_config`, in the order of a turn."""
     # As the user gave them: easyspec's own defaults for vLLM's fields are no part of the baseline.
     draft_model = config.draft_model()
-    easyspec = draft_model | {"method": "easyspec"} | config.to_json()
+    options = {name: value for name, value in config.to_json().items() if name != "lookahead"}
     one_by_one = {"group_size": 1, "mlp": config.layer_parallel.mlp}
     arms: dict[str, dict[str, Any] | None] = {
         "none": None,
         "draft_model": draft_model,
-        "precise": {name: value for name, value in easyspec.items() if name != "lookahead"}
-        | {"layer_parallel": one_by_one},
+        "precise": draft_model | options | {"method": "easyspec", "layer_parallel": one_by_one},
     }
-    return {name: arm for name, arm in arms.items() if name in baselines} | {"easyspec": easyspec}
+    return {name: arm for name, arm in arms.items() if name in baselines} | {"easyspec": config.to_dict()}
 
 
 def prepare(args: Namespace) -> tuple[EasySpecConfig, Workload, dict[str, Any]]:
@@ -217,7 +216,7 @@ def _text_config(model: str) -> Any:
 
 
 def bind_cpus(ranks: int) -> None:
-    """On a CPU, the binding that easyspec gives its ranks, for all arms: plain vLLM wants a NUMA node a rank."""
+    """On a CPU, the binding that easyspec gives its ranks, for all arms: plain vLLM wants a NUMA node per rank."""
     from vllm.platforms import current_platform
 
     from vllm_easyspec.compat import OMP_BINDING, cpu_lists, usable_cpus
@@ -232,6 +231,7 @@ def _engine(name: str, model: str, speculative_config: dict[str, Any] | None, ar
     from vllm.distributed import cleanup_dist_env_and_memory
 
     from vllm_easyspec.bench import step_clock
+    from vllm_easyspec.compat import remove_worker_extension
 
     fixed: dict[str, Any] = dict(
         skip_tokenizer_init=True,
@@ -252,7 +252,7 @@ def _engine(name: str, model: str, speculative_config: dict[str, Any] | None, ar
         del llm
         gc.collect()
         if not envs.VLLM_ENABLE_V1_MULTIPROCESSING:  # its worker was in this process, and so is its memory
-            step_clock.leave_worker_classes()
+            remove_worker_extension(step_clock.StepClock)
             cleanup_dist_env_and_memory()
 
 
@@ -332,7 +332,7 @@ def _speculation(turns: list[dict[str, Any]]) -> dict[str, Any]:
 def describe(result: dict[str, Any]) -> str:
     """The table, what vLLM resolved for each arm, differing outputs, and the notes."""
     header = (
-        "arm", "concurrency", "tokens/s", "TTFT ms", "p99", "TPOT ms", "p99", "ITL ms", "p99", "tokens a round",
+        "arm", "concurrency", "tokens/s", "TTFT ms", "p99", "TPOT ms", "p99", "ITL ms", "p99", "tokens per round",
         "acceptance by position", "draft ms", "verify ms", "draft share", "equal outputs",
     )  # fmt: skip
     lines = [table(header, map(_cells, result["rows"])), ""]

@@ -36,9 +36,9 @@ def check(path: Path | None) -> None:
 
 
 def engine(rows: list[dict[str, Any]], path: Path) -> None:
-    """Tokens a second and time per output token against concurrency, a line an arm."""
+    """Tokens per second and time per output token against concurrency, a line per arm."""
     panels = {
-        "tokens a second": lambda row: row["tokens_a_second"],
+        "tokens per second": lambda row: row["tokens_a_second"],
         "TPOT, ms (median)": lambda row: row["tpot_ms"]["median"] or 0,
     }
     ticks = sorted({row["concurrency"] for row in rows})
@@ -73,7 +73,7 @@ def draft_step(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _plan(row: dict[str, Any]) -> str:
-    return f"{row['scope']}\n{'-'.join(map(str, row['group_sizes']))}"
+    return f"{row['scope']}\n{row['plan']}"
 
 
 @contextmanager

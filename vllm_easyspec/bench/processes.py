@@ -6,7 +6,10 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 
-def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call `function(*arguments)`, importable by name, in a new process. Its exceptions are raised here."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
+
+
+alone = in_new_process  # the earlier name, which tools/ and benchmarks/gpu_figures.py import

@@ -18,7 +18,7 @@ def read_prompts(path: Path, model: str, limit: int | None = None) -> list[list[
     """
     entries = list(json_lines(path, "--prompts", FORMS))
     if not entries:
-        raise BenchmarkError(f"--prompts {path} holds no prompt. Write one a line: {FORMS}")
+        raise BenchmarkError(f"--prompts {path} holds no prompt. Write one per line: {FORMS}")
     tokenizer = _Tokenizer(model)
     return [_ids(entry, place, tokenizer)[:limit] for place, entry in entries]
 

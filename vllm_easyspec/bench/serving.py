@@ -1,4 +1,4 @@
-"""A streaming client inside the process, and what it measured: tokens a second, TTFT, TPOT, ITL.
+"""A streaming client inside the process, and what it measured: tokens per second, TTFT, TPOT, ITL.
 
 vLLM's synchronous engine hands out each step's tokens as they come, so it streams without a server or an event loop,
 whose own time would be measured with the engine's on a machine with few cores. Definitions are those of vLLM's `bench

@@ -68,15 +68,3 @@ class StepClock:
             "speculator_compiled": has_compiled_submodule(speculator.model),
             "speculator_graphs": sum(len(manager.graphs) for manager in managers),
         }
-
-
-def leave_worker_classes() -> None:
-    """Undo what vLLM did where workers live in this process.
-
-    It makes the extension a base of the worker's class, and in the next engine refuses it for a subclass of that class,
-    as easyspec's worker is.
-    """
-    for worker in StepClock.__subclasses__():
-        others = tuple(base for base in worker.__bases__ if base is not StepClock)
-        if others:  # an extension of this one, which has no other base, is no worker
-            worker.__bases__ = others

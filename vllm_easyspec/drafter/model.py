@@ -26,7 +26,7 @@ from vllm_easyspec.config import RuntimeOptions
 from vllm_easyspec.drafter.architectures import DrafterShape
 from vllm_easyspec.drafter.paged_kv import DrafterAttention
 from vllm_easyspec.drafter.placement import LayerPlacement, MlpPlacement, choose_mlp
-from vllm_easyspec.drafter.plan import LayerPlan, Scope
+from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.drafter.weights import load_drafter_weights
 from vllm_easyspec.lookahead import GroupLookahead, LookaheadMaps
 from vllm_easyspec.metrics import PassCounters
@@ -41,22 +41,34 @@ from vllm_easyspec.ops import (
 )
 
 
+class Rotate(Protocol):
+    """The drafter's head norms and rotary embedding."""
+
+    def __call__(
+        self,
+        layers: slice,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        cache: torch.Tensor | None = None,
+        slots: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotate `qkv` in place, and write keys and values to `slots` of the pages `cache` where these are given.
+
+        qkv: `[layers, tokens, heads + 2 kv_heads, head_dim]`; positions, slots: `[layers * tokens] int64`. Returns q, k
+        and v, each `[layers * tokens, heads, head_dim]`.
+        """
+        ...
+
+
 class Attend(Protocol):
-    """One pass's attention over the K/V of this rank's layers."""
+    """One pass's attention over the K/V of this rank's layers. It knows where the pass's tokens lie."""
 
-    def positions_for(self, num_layers: int) -> torch.Tensor:
-        """Positions `[num_layers * tokens] int64` of the pass's tokens, repeated for each layer."""
-        ...
+    def attend(self, layers: slice, qkv: torch.Tensor, rotate: Rotate) -> torch.Tensor:
+        """Rotate queries and keys at the pass's positions, store keys and values, attend.
 
-    def plain_cache(self, layers: slice) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The pages and slots that `rotate_and_store` may write keys and values to; (None, None) where it can't."""
-        ...
-
-    def attend(
-        self, layers: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stored: bool = False
-    ) -> torch.Tensor:
-        """Store k and v unless they are `stored`, attend with q; all, and the result, `[layers * tokens, heads,
-        head_dim]`, layer by layer."""
+        layers: consecutive ones of this rank's own; qkv: `[layers, tokens, heads + 2 kv_heads, head_dim]`, changed in
+        place. Returns `[layers * tokens, heads, head_dim]`, layer by layer.
+        """
         ...
 
 
@@ -137,15 +149,14 @@ class LayerParallelDrafter(nn.Module):
     def forward(
         self,
         input_ids: torch.Tensor,
-        plan: LayerPlan,
-        scope: Scope,
+        plan: DraftPlan,
         attention: Attend,
         previous: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Final hidden states `[tokens, hidden]` of `input_ids` (`[tokens]`), its K/V stored by `attention`.
 
-        The precise pass is the plan of groups of one; both scopes are then the ordinary forward pass. previous: the
-        final hidden states `[tokens, hidden]` of the tokens before; given, groups take the look-ahead maps.
+        The precise plan is the ordinary forward pass. previous: the final hidden states `[tokens, hidden]` of the
+        tokens before; given, groups take the look-ahead maps.
         """
         self.counters.passes += 1
         x = self._embed(input_ids)
@@ -157,7 +168,7 @@ class LayerParallelDrafter(nn.Module):
             if self.observer is not None:
                 self.observer(group, x, outputs)
             # Block scope: each MLP reads its own prefix, the group's input and the attentions up to its own.
-            size = 1 if scope == "attention" else len(group)
+            size = 1 if plan.scope == "attention" else len(group)
             for start, part in zip(group[::size], outputs.split(size), strict=True):
                 prefixes = prefix_sums(x, part)
                 inputs = prefixes if ahead is None or size == 1 else ahead.mlp_inputs(prefixes)
@@ -173,14 +184,14 @@ class LayerParallelDrafter(nn.Module):
         return tensor_model_parallel_all_reduce(embed_shard(input_ids, self.embed_tokens.weight, first, end - first))
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[rows, hidden]` to `[rows, vocab]`, gathered on every rank."""
+        """`[tokens, hidden]` to `[tokens, vocab]`, gathered on every rank."""
         return self.logits_processor(self.lm_head, hidden)
 
     def get_top_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The arg-max over the vocabulary, two numbers a rank in place of the logits: `[rows, hidden]` to `[rows]`."""
+        """The arg-max of the logits, for two numbers per rank in a collective: `[tokens, hidden]` to `[tokens]`."""
         return self.logits_processor.get_top_tokens(self.lm_head, hidden)
 
-    def largest_share(self, plan: LayerPlan) -> int:
+    def largest_share(self, plan: DraftPlan) -> int:
         """Layers of one group that live on this rank, at most."""
         shares = (self.placement.local_slice(self.rank, group) for group in plan.groups)
         return max(share.stop - share.start for share in shares)
@@ -200,29 +211,26 @@ class LayerParallelDrafter(nn.Module):
         qkv = norm_and_project(
             inputs, self.attention_norms, self.wqkv, self.bqkv, mine.start, count, self.shape.rms_norm_eps
         )
-        cache, slots = attention.plain_cache(mine)
-        q, k, v = self._rotated_qkv(qkv, mine, attention.positions_for(count), cache, slots)
-        mixed = attention.attend(mine, q, k, v, cache is not None).view(count, tokens, self.shape.q_size)
+        heads = qkv.unflatten(-1, (-1, self.shape.head_dim))
+        mixed = attention.attend(mine, heads, self._rotate).view(count, tokens, self.shape.q_size)
         self.counters.cache_writes += 1
         self.counters.attention_calls += 1
         offset = self.local_layers[mine.start] - group.start
         outputs = project_among_zeros(mixed, self.wo, self.bo, mine.start, len(group), offset, self.num_ranks)
         return outputs if self.num_ranks == 1 else self._all_reduce_attention(outputs)
 
-    def _rotated_qkv(
+    def _rotate(
         self,
+        layers: slice,
         qkv: torch.Tensor,
-        mine: slice,
         positions: torch.Tensor,
-        cache: torch.Tensor | None,
-        slots: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, ...]:
-        """qkv `[layers, tokens, q + 2 kv]` to q, k, v, each `[layers * tokens, heads, head_dim]`; k and v are
-        stored where a cache is given."""
+        cache: torch.Tensor | None = None,
+        slots: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Implements `Rotate`."""
         shape = self.shape
-        heads = qkv.unflatten(-1, (-1, shape.head_dim))
         rotate_and_store(
-            heads,
+            qkv,
             positions,
             self.cos_sin,
             shape.num_heads,
@@ -230,12 +238,12 @@ class LayerParallelDrafter(nn.Module):
             self.rotary.is_neox_style,
             self.q_norms,
             self.k_norms,
-            mine.start,
+            layers.start,
             shape.rms_norm_eps,
             cache,
             slots,
         )
-        return heads.flatten(0, 1).split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
+        return qkv.flatten(0, 1).split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
 
     def _mlps(self, inputs: torch.Tensor, residual: torch.Tensor, layers: range) -> torch.Tensor:
         """The residual and the sum of the layers' MLPs, each on its own input: `[layers, tokens, hidden]` and

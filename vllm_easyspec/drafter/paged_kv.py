@@ -5,7 +5,8 @@ request means page `b` of every layer, the target's and the drafter's. A rank ho
 on it. What is in a drafter page: precise K/V for every position up to a request's newest token once a round's
 calibration has run, and fuzzy K/V for at most K-1 positions above it, which the next calibration overwrites or which
 no one reads. A page that vLLM shares through prefix caching holds only positions that calibration has passed. Where
-rounds of K = 0 were paused, pages are behind; their blocks are marked and read before the next draft (`unread.py`).
+rounds of K = 0 were paused, pages are behind; their blocks are marked, and read before the next draft
+(`uncalibrated.py`).
 
 The virtual batch. vLLM lays the pages of layers with one spec out one layer after another, with one stride. So the
 pages of a rank's layers `s .. s+G-1` are one row of `G * num_blocks` pages that starts at layer `s`, and `G` layers
@@ -17,7 +18,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import VllmConfig
@@ -27,6 +28,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_easyspec.ops import WHY_NOT_NATIVE, advance_draft_inputs, shift_block_table, shift_slots
+
+if TYPE_CHECKING:
+    from vllm_easyspec.drafter.model import Rotate
 
 # Backends whose pages hold a key and then a value, each as it is: `[pages, kv_heads, page tokens, 2 * head_dim]`. Of
 # vLLM's others CPU_ATTN packs keys for its vector units.
@@ -49,7 +53,10 @@ class DrafterAttention(Attention):
 
 @dataclass(frozen=True)
 class Sequences:
-    """The tokens of one pass as paged-attention sequences, before any layer is thought of.
+    """The tokens of one pass as paged-attention sequences: of one layer, or of several by `repeat_layers`.
+
+    Not vLLM's `CommonAttentionMetadata` itself, which `PagedKV.metadata` makes of it for each build: that one caches
+    what builders derive from it, and a copy for more layers, or for the next step, would go on with stale values.
 
     positions: `[tokens] int64`; slots: `[tokens] int64`, -1 where nothing is written; query_start_loc: `[reqs + 1]
     int32` (and on the host); seq_lens: `[reqs] int32`, keys that the last query of a request sees; seq_lens_bound: the
@@ -65,6 +72,25 @@ class Sequences:
     block_table: torch.Tensor
     max_query_len: int
     max_seq_len: int
+
+    def repeat_layers(self, num_layers: int, num_blocks: int, block_size: int) -> "Sequences":
+        """The same tokens in `num_layers` layers, layer by layer. They serve any group of that many.
+
+        num_blocks: cache blocks of one layer, each of `block_size` tokens.
+        """
+        if num_layers == 1:
+            return self
+        tokens = self.positions.shape[0]
+        return replace(
+            self,
+            positions=self.positions.repeat(num_layers),
+            slots=shift_slots(self.slots, num_layers, num_blocks * block_size),
+            query_start_loc=_repeat_starts(self.query_start_loc, num_layers, tokens),
+            query_start_loc_cpu=_repeat_starts(self.query_start_loc_cpu, num_layers, tokens),
+            seq_lens=self.seq_lens.repeat(num_layers),
+            seq_lens_bound=self.seq_lens_bound.repeat(num_layers),
+            block_table=shift_block_table(self.block_table, num_layers, num_blocks),
+        )
 
 
 class PagedKV:
@@ -130,22 +156,6 @@ class PagedKV:
         size = (count * first.shape[0], *first.shape[1:])
         return torch.as_strided(first, size, first.stride(), first.storage_offset())
 
-    def virtual(self, sequences: Sequences, num_layers: int) -> Sequences:
-        """The sequences of `num_layers` layers, layer by layer. They serve any group of that many."""
-        if num_layers == 1:
-            return sequences
-        tokens = sequences.positions.shape[0]
-        return replace(
-            sequences,
-            positions=sequences.positions.repeat(num_layers),
-            slots=shift_slots(sequences.slots, num_layers, self.num_blocks * self.block_size),
-            query_start_loc=_repeat_starts(sequences.query_start_loc, num_layers, tokens),
-            query_start_loc_cpu=_repeat_starts(sequences.query_start_loc_cpu, num_layers, tokens),
-            seq_lens=sequences.seq_lens.repeat(num_layers),
-            seq_lens_bound=sequences.seq_lens_bound.repeat(num_layers),
-            block_table=shift_block_table(sequences.block_table, num_layers, self.num_blocks),
-        )
-
     def metadata(self, sequences: Sequences) -> Any:
         """The attention backend's metadata for virtual sequences; it refers to their tensors."""
         assert self.group is not None
@@ -169,7 +179,8 @@ class PagedKV:
         )
         is_long = sequences.max_query_len > 1 and sequences.positions.shape[0] > self.captured_tokens
         if is_long and hasattr(metadata, "max_num_splits"):
-            metadata.max_num_splits = 0  # FlashAttention 3: a buffer of all rows for each split that a graph may need
+            # FlashAttention 3 would take a buffer of all queries for each split that a graph may need.
+            metadata.max_num_splits = 0
         return metadata
 
 
@@ -194,31 +205,24 @@ class PagedPass:
         return self.virtual[num_layers]
 
     def _repeated(self, num_layers: int) -> Sequences:
-        return self.pages.virtual(self.sequences, num_layers)
+        return self.sequences.repeat_layers(num_layers, self.pages.num_blocks, self.pages.block_size)
 
-    def positions_for(self, num_layers: int) -> torch.Tensor:
-        return self._virtual(num_layers)[0].positions
-
-    def plain_cache(self, layers: slice) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        if not self.pages.is_plain:
-            return None, None
-        return self.pages.pages(layers), self._virtual(layers.stop - layers.start)[0].slots
-
-    def attend(
-        self, layers: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stored: bool = False
-    ) -> torch.Tensor:
+    def attend(self, layers: slice, qkv: torch.Tensor, rotate: "Rotate") -> torch.Tensor:
         sequences, metadata = self._virtual(layers.stop - layers.start)
-        layer = self.pages.layers[layers.start]
-        cache = self.pages.pages(layers)
-        if not stored and not layer.attn_backend.forward_includes_kv_cache_update:
-            layer.impl.do_kv_cache_update(layer, k, v, cache, sequences.slots)
+        layer, cache = self.pages.layers[layers.start], self.pages.pages(layers)
+        if self.pages.is_plain:
+            q, k, v = rotate(layers, qkv, sequences.positions, cache, sequences.slots)
+        else:
+            q, k, v = rotate(layers, qkv, sequences.positions)
+            if not layer.attn_backend.forward_includes_kv_cache_update:
+                layer.impl.do_kv_cache_update(layer, k, v, cache, sequences.slots)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         layer.impl.forward(layer, q, k, v, cache, metadata, output=out)
         return out
 
 
 class DecodePass(PagedPass):
-    """The passes of a fuzzy loop, one token a request; `advance` moves all requests on by a position, in place.
+    """The passes of a fuzzy loop, one token per request; `advance` moves all requests on by a position, in place.
 
     Where the attention backend can refresh its metadata on the device, nothing is built on the host between steps, so
     the whole loop may be recorded in a CUDA graph.
@@ -234,7 +238,7 @@ class DecodePass(PagedPass):
         max_len: int,
         max_seq_len: int,
     ):
-        """positions: `[reqs] int64`, of the tokens read last, -1 in rows that pad the batch; live: `[reqs]
+        """positions: `[reqs] int64`, of the tokens read last, -1 of requests that pad the batch; live: `[reqs]
         bool`, requests that write and read pages; block_table: `[reqs, width] int32`; num_layers: this rank's share of
         the largest group; max_len: positions that the drafter may hold; max_seq_len: bound on the loop's positions.
         """
@@ -282,16 +286,16 @@ class DecodePass(PagedPass):
                 self.builder.update_draft_decode_metadata(metadata)
 
     def _repeated(self, num_layers: int) -> Sequences:
-        of_all, rows = self.all_layers, num_layers * self.positions.shape[0]
+        of_all, count = self.all_layers, num_layers * self.positions.shape[0]
         return replace(
             of_all,
-            positions=of_all.positions[:rows],
-            slots=of_all.slots[:rows],
-            query_start_loc=of_all.query_start_loc[: rows + 1],
-            query_start_loc_cpu=of_all.query_start_loc_cpu[: rows + 1],
-            seq_lens=of_all.seq_lens[:rows],
-            seq_lens_bound=of_all.seq_lens_bound[:rows],
-            block_table=of_all.block_table[:rows],
+            positions=of_all.positions[:count],
+            slots=of_all.slots[:count],
+            query_start_loc=of_all.query_start_loc[: count + 1],
+            query_start_loc_cpu=of_all.query_start_loc_cpu[: count + 1],
+            seq_lens=of_all.seq_lens[:count],
+            seq_lens_bound=of_all.seq_lens_bound[:count],
+            block_table=of_all.block_table[:count],
         )
 
 
@@ -301,15 +305,8 @@ class UnpagedPass:
 
     positions: torch.Tensor
 
-    def positions_for(self, num_layers: int) -> torch.Tensor:
-        return self.positions.repeat(num_layers)
-
-    def plain_cache(self, layers: slice) -> tuple[None, None]:
-        return None, None
-
-    def attend(
-        self, layers: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stored: bool = False
-    ) -> torch.Tensor:
+    def attend(self, layers: slice, qkv: torch.Tensor, rotate: "Rotate") -> torch.Tensor:
+        q, _, _ = rotate(layers, qkv, self.positions.repeat(qkv.shape[0]))
         return q.contiguous()
 
 
@@ -330,16 +327,9 @@ class DensePass:
         visible = distance >= 0
         return visible if self.sliding_window is None else visible & (distance < self.sliding_window)
 
-    def positions_for(self, num_layers: int) -> torch.Tensor:
-        assert num_layers == 1, "the audit runs the precise plan"
-        return self.positions
-
-    def plain_cache(self, layers: slice) -> tuple[None, None]:
-        return None, None
-
-    def attend(
-        self, layers: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stored: bool = False
-    ) -> torch.Tensor:
+    def attend(self, layers: slice, qkv: torch.Tensor, rotate: "Rotate") -> torch.Tensor:
+        assert qkv.shape[0] == 1, "precise: one layer after another"
+        q, k, v = rotate(layers, qkv, self.positions)
         self.seen[layers.start] = (k.clone(), v.clone())
         out = torch.nn.functional.scaled_dot_product_attention(
             q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), attn_mask=self.mask, enable_gqa=True

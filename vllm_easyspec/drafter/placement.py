@@ -38,7 +38,7 @@ class LayerPlacement:
 class MlpPlacement(Enum):
     """How a layer's MLP lies on the ranks."""
 
-    TENSOR = "tensor"  # the width is cut among the ranks; one all-reduce an MLP, or one a block-scope group
+    TENSOR = "tensor"  # the width is cut among the ranks; one all-reduce per MLP, or one per block-scope group
     REPLICATE = "replicate"  # whole on every rank; no collective
 
     def shard(self, width: int, rank: int, num_ranks: int) -> range:

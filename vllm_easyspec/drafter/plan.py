@@ -1,6 +1,6 @@
-"""`LayerPlan`: which consecutive drafter layers run side by side."""
+"""`DraftPlan`: which consecutive drafter layers run side by side, and how. `PlanTable`: a plan by batch size."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
@@ -10,17 +10,24 @@ SCOPES: tuple[Scope, ...] = ("attention", "block")
 
 
 @dataclass(frozen=True)
-class LayerPlan:
-    """A partition of the drafter's layers into consecutive groups; the layers of a group read one input.
+class DraftPlan:
+    """How one fuzzy step runs: a partition of the drafter's layers into groups of consecutive layers, and a scope.
 
-    A plan of groups of one is the precise pass.
+    The layers of a group read one input. Scope `attention` runs a group's attentions side by side and its MLPs in
+    order; scope `block` then runs its MLPs side by side too. A plan of groups of one is the precise pass, whose scope
+    makes no difference: it is always `attention`, so that there is one precise plan.
     """
 
     group_sizes: tuple[int, ...]
+    scope: Scope = "attention"
 
     def __post_init__(self) -> None:
         if not self.group_sizes or min(self.group_sizes) < 1:
-            raise ValueError(f"group_sizes={list(self.group_sizes)} must hold at least one group, each of at least 1")
+            raise ValueError(f"plan={self.grouping!r} must hold at least one group, each of at least 1 layer")
+        if self.scope not in SCOPES:
+            raise ValueError(f"scope={self.scope!r} is not one of {', '.join(SCOPES)}")
+        if self.is_precise:
+            object.__setattr__(self, "scope", "attention")
 
     @property
     def num_layers(self) -> int:
@@ -36,20 +43,28 @@ class LayerPlan:
     def is_precise(self) -> bool:
         return max(self.group_sizes) == 1
 
-    def sequential_steps(self, scope: Scope) -> int:
-        """Sublayers one after another in a step: 2 for a layer alone, `1 + N` for a group (2 in block scope)."""
-        return sum(1 + (size if scope == "attention" else 1) for size in self.group_sizes)
+    @property
+    def sequential_steps(self) -> int:
+        """Sublayers one after another in a step: 2 for a single layer, `1 + N` for a group of N (2 in block scope)."""
+        return sum(1 + (size if self.scope == "attention" else 1) for size in self.group_sizes)
 
-    def __str__(self) -> str:
+    @property
+    def grouping(self) -> str:
+        """The group sizes as a user writes them, such as `1-4-4-1`."""
         return "-".join(map(str, self.group_sizes))
 
+    def __str__(self) -> str:
+        return "precise" if self.is_precise else f"{self.scope} {self.grouping}"
+
     @classmethod
-    def precise(cls, num_layers: int) -> "LayerPlan":
+    def precise(cls, num_layers: int) -> "DraftPlan":
         return cls((1,) * num_layers)
 
     @classmethod
-    def grouped(cls, num_layers: int, group_size: int, precise_head: int, precise_tail: int) -> "LayerPlan":
-        """Groups of `group_size` between layers kept alone at either end, the remainder a smaller group at the end.
+    def grouped(
+        cls, num_layers: int, group_size: int, precise_head: int, precise_tail: int, scope: Scope = "attention"
+    ) -> "DraftPlan":
+        """Groups of `group_size` between single layers at either end, the remainder a smaller group at the end.
 
         A drafter with fewer layers than `precise_head + precise_tail` gets the precise plan.
         """
@@ -59,14 +74,77 @@ class LayerPlan:
         sizes = [group_size] * (middle // group_size)
         if middle % group_size:
             sizes.append(middle % group_size)
-        return cls((1,) * precise_head + tuple(sizes) + (1,) * precise_tail)
+        return cls((1,) * precise_head + tuple(sizes) + (1,) * precise_tail, scope)
 
     @classmethod
-    def of_sizes(cls, num_layers: int, group_sizes: Sequence[int]) -> "LayerPlan":
-        plan = cls(tuple(group_sizes))
+    def of_sizes(
+        cls, num_layers: int, group_sizes: Sequence[int], scope: Scope = "attention", name: str = "plan"
+    ) -> "DraftPlan":
+        """Raises ValueError, which calls the sizes `name`, where they don't add up to `num_layers`."""
+        plan = cls(tuple(group_sizes), scope)
         if plan.num_layers != num_layers:
             raise ValueError(
-                f"group_sizes={list(group_sizes)} add up to {plan.num_layers}, but the drafter has {num_layers} "
-                f"layers. Make them add up to {num_layers}, or give group_size instead"
+                f"{name}={plan.grouping}: the group sizes add up to {plan.num_layers}, but the drafter has "
+                f"{num_layers} layers. Make them add up to {num_layers}, or give group_size instead"
             )
         return plan
+
+
+# benchmarks/gpu_figures.py imports the earlier name.
+LayerPlan = DraftPlan
+
+
+def parse_grouping(text: str) -> tuple[int, ...]:
+    """The group sizes of a plan as a user writes it, such as `1-4-4-1`. Raises ValueError for any other text."""
+    parts = text.split("-")
+    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"plan={text!r} is not a plan. Give the sizes of all groups in order, such as 1-4-4-1")
+    return tuple(map(int, parts))
+
+
+@dataclass(frozen=True)
+class PlanRange:
+    """The plan for batch sizes above those of the range before, up to `up_to`; None: for all of them."""
+
+    up_to: int | None
+    plan: DraftPlan
+
+
+@dataclass(frozen=True)
+class PlanTable:
+    """A plan for every batch size. Ranges ascend, and the last one is open."""
+
+    ranges: tuple[PlanRange, ...]
+
+    def __post_init__(self) -> None:
+        *bounded, last = [entry.up_to for entry in self.ranges]
+        ascending = all(end is not None for end in bounded) and sorted(set(bounded)) == bounded  # type: ignore[type-var]
+        if not ascending or last is not None:
+            raise ValueError(f"ranges up to {[*bounded, last]} don't ascend to an open one")
+
+    @classmethod
+    def of(cls, beyond: DraftPlan, ranges: Iterable[tuple[int | None, DraftPlan]] = ()) -> "PlanTable":
+        """ranges: `(up_to, plan)`, ascending; larger batches take `beyond` unless the last of them is open."""
+        entries = [PlanRange(up_to, plan) for up_to, plan in ranges]
+        if not entries or entries[-1].up_to is not None:
+            entries.append(PlanRange(None, beyond))
+        return cls(tuple(entries))
+
+    def at(self, batch_size: int) -> DraftPlan:
+        """The plan of a round of `batch_size` requests."""
+        return next(entry.plan for entry in self.ranges if entry.up_to is None or batch_size <= entry.up_to)
+
+    @property
+    def largest(self) -> DraftPlan:
+        """The plan of the largest batches; of all where there is one range."""
+        return self.ranges[-1].plan
+
+    @property
+    def plans(self) -> tuple[DraftPlan, ...]:
+        """Each plan once."""
+        return tuple(dict.fromkeys(entry.plan for entry in self.ranges))
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{entry.plan} up to batch size {entry.up_to}" if entry.up_to else str(entry.plan) for entry in self.ranges
+        )

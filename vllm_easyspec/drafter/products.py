@@ -46,7 +46,7 @@ def choose_products(model: Any) -> list[Measured]:
     """
     measured: list[Measured] = []
     worse: set[tuple[str, bool, int]] = set()
-    if ops.is_short(model.wqkv.new_empty(1, model.shape.hidden_size)):
+    if model.wqkv.is_cuda and ops.is_short(model.wqkv.new_empty(1, model.shape.hidden_size)):
         measured = _measure(model)
         worse = {(m.operator, m.at_once > 1, m.tokens) for m in measured if m.torch_us < m.own_us}
     group = get_tp_group()

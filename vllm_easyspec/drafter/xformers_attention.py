@@ -7,14 +7,12 @@ keys; rows that fill up the first run are computed and dropped.
 """
 
 import copy
-import importlib.metadata
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from packaging.version import Version
 from vllm.config import VllmConfig, replace, set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.utils.torch_utils import async_tensor_h2d
@@ -26,6 +24,7 @@ from vllm.v1.attention.selector import get_attn_backend
 from vllm_easyspec.config import ConfigError, GroupedAttention
 from vllm_easyspec.support import ATTENTION_BACKEND, ATTENTION_BACKENDS
 from vllm_easyspec.support import XFORMERS as NAME
+from vllm_easyspec.support import why_no_xformers as why_unusable
 
 if TYPE_CHECKING:
     from vllm.platforms.interface import DeviceCapability
@@ -35,22 +34,6 @@ logger = init_logger("vllm.easyspec")
 
 LONGEST_RUN = 16  # queries; xformers refuses longer ones under a causal mask
 HEAD_SIZES = (16, 32, 64, 128, 256, 512)  # of its kernel
-TRITON_WITHOUT_BLOCK_POINTERS = Version("3.9")  # the kernel of xformers 0.0.35 is written with tl.make_block_ptr
-
-
-def why_unusable() -> str | None:
-    """What keeps xformers from running here, with the remedy; None where it can."""
-    try:
-        importlib.metadata.version("xformers")
-    except importlib.metadata.PackageNotFoundError:
-        return "the package xformers is not installed. Run pip install 'vllm-easyspec[xformers]'"
-    try:
-        import triton
-    except ImportError:
-        return "Triton is not installed. Install triton<3.9"
-    if Version(triton.__version__) >= TRITON_WITHOUT_BLOCK_POINTERS:
-        return f"its kernel needs block pointers, which Triton {triton.__version__} no longer has. Install triton<3.9"
-    return None
 
 
 def choose(config: VllmConfig, grouped_attention: GroupedAttention) -> VllmConfig:
@@ -158,7 +141,7 @@ class XFormersBackend(TritonAttentionBackend):
 class Runs:
     """Queries cut into equal runs. A run is one of xformers' sequences; their number is padded to a power of two."""
 
-    width: int  # queries a run
+    width: int  # queries per run
     take: torch.Tensor  # [runs * width] int64: the token that fills a row
     back: torch.Tensor  # [tokens] int64: a token's row
     sequence: torch.Tensor  # [runs] int64: whose keys a run sees
@@ -299,7 +282,7 @@ def paged_attention(
 
 
 def _rows(pages: torch.Tensor, queries_a_head: int) -> tuple[torch.Tensor, int]:
-    """Keys or values as the kernel reads them, one row a token: `[1, rows, kv_heads, queries_a_head, head_size]`.
+    """Keys or values as the kernel reads them, one row per token: `[1, rows, kv_heads, queries_a_head, head_size]`.
 
     Also by how much a block number grows. Where a page's tokens lie head by head, a head's rows of one block are
     `kv_heads` blocks away from its rows of the next.

@@ -12,12 +12,14 @@ from vllm_easyspec import plugin
 from vllm_easyspec.bench.prompts import read_prompts
 from vllm_easyspec.bench.report import check_writable, machine, surroundings, write, write_text
 from vllm_easyspec.config import ConfigError
+from vllm_easyspec.drafter.plan import DraftPlan
+from vllm_easyspec.metrics import plan_json
 from vllm_easyspec.tune.planner import Point
 from vllm_easyspec.tune.report import html_report
+from vllm_easyspec.tune.tuned_yaml import read_fields, tuned_yaml
 from vllm_easyspec.tune.tuner import BASELINES, Findings, Settings, Tuner
-from vllm_easyspec.tune.written import as_written, tuned_yaml
 
-# Engine arguments that tune sets by itself, and by which of its options.
+# Engine arguments that tune sets, and by which of its own options.
 TUNES_OWN = {"model": "--model", "tensor_parallel_size": "--tensor-parallel-size", "max_num_seqs": "--batch-sizes"}
 
 
@@ -35,7 +37,7 @@ def run(args: argparse.Namespace) -> str:
         config=args.config,
         prompts=[{"prompt_token_ids": ids} for ids in prompts],
         batch_sizes=_batch_sizes(args.batch_sizes),
-        most_drafts=args.max_drafts,
+        max_drafts=args.max_drafts,
         most_plans=args.plans,
         largest_group=args.max_group,
         new_tokens=args.new_tokens,
@@ -49,7 +51,7 @@ def run(args: argparse.Namespace) -> str:
     tuner = Tuner(engine_args, settings)
     about = surroundings() | {
         "target": args.model,
-        "drafter": as_written(settings.config)["model"],
+        "drafter": read_fields(settings.config)["model"],
     }
 
     def keep(found: Findings) -> None:
@@ -115,7 +117,7 @@ def _head(found: Findings, about: dict[str, Any], args: argparse.Namespace) -> l
         "Serve with:",
         f"  vllm serve {args.model} --tensor-parallel-size {args.tensor_parallel_size} --speculative-config {args.out}",
         f"Tuned by: {about['command']}",
-        f"On {machine(about)}, vllm {versions['vllm']}, torch {versions['torch']}. Tokens a second "
+        f"On {machine(about)}, vllm {versions['vllm']}, torch {versions['torch']}. Tokens per second "
         + ("by wall-clock:" if found.by_wall else "of the stages' time (calibrate, draft, verify):"),
         *(f"  batch size {size}: {_choice(found, size)}" for size in found.times),
         *([f"Engines one after another, by wall-clock: {_arms(found)}"] if found.baselines else []),
@@ -133,7 +135,7 @@ def _notes(found: Findings) -> dict[Point, str]:
 
 
 def _arms(found: Findings) -> str:
-    """Tokens a second of each engine at each batch size."""
+    """Tokens per second of each engine at each batch size."""
     by_arm = {
         name: ", ".join(f"{rate:.1f} at {size}" for size, rate in rates.items())
         for name, rates in found.baselines.items()
@@ -153,8 +155,8 @@ def _summary(found: Findings, out: Path, report: Path | None) -> str:
 def findings_json(found: Findings) -> dict[str, Any]:
     """All that was measured, as plain JSON."""
 
-    def plan(scoped) -> dict[str, Any]:
-        return {"scope": scoped.scope, "group_sizes": list(scoped.plan.group_sizes), "steps": scoped.steps}
+    def plan(one: DraftPlan) -> dict[str, Any]:
+        return plan_json(one) | {"steps": one.sequential_steps}
 
     def point(one: Point) -> dict[str, Any]:
         return plan(one.plan) | {"num_speculative_tokens": one.num_drafts}
@@ -162,14 +164,14 @@ def findings_json(found: Findings) -> dict[str, Any]:
     return {
         "rates": "wall-clock" if found.by_wall else "of the stages",
         "plans": [
-            plan(scoped) | {"score": found.costs.get(scoped), "acceptance": acceptance}
-            for scoped, acceptance in found.acceptance.items()
+            plan(one) | {"score": found.costs.get(one), "acceptance": acceptance}
+            for one, acceptance in found.acceptance.items()
         ],
         "correction_by_k": found.correction,
         "same_answers": found.same_answers,
         "times": [
             {"batch_size": size, "calibrate_ms": t.calibrate, "verify_ms": t.verify, "other_ms": t.other}
-            | {"steps": [plan(scoped) | {"step_ms": took} for scoped, took in t.step.items()]}
+            | {"steps": [plan(one) | {"step_ms": took} for one, took in t.step.items()]}
             for size, t in found.times.items()
         ],
         "confirmed": [

@@ -1,4 +1,4 @@
-"""Real engines for tuning: requests kept in flight while plan and K change between rounds.
+"""Real engines for tuning: requests kept in trial while plan and K change between rounds.
 
 Only vLLM's scheduler can choose K: it verifies what it scheduled. So the engine that is tuned runs in this process,
 where the scheduler's table of K by batch size (`num_speculative_tokens_per_batch_size`) can be set between two steps,
@@ -20,6 +20,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.engine.llm_engine import LLMEngine
 
+from vllm_easyspec.compat import scheduled_drafts
 from vllm_easyspec.config import ConfigError
 from vllm_easyspec.tune.planner import Point
 
@@ -30,7 +31,7 @@ Prompt = dict[str, list[int]]  # vLLM's form of a prompt of token ids
 
 @dataclass(frozen=True)
 class Window:
-    """Some rounds of requests in flight."""
+    """Some rounds of requests in trial."""
 
     tokens: int  # that count, of all requests
     request_rounds: float  # in which the requests came to these tokens, added up
@@ -56,7 +57,7 @@ class Engine:
             if saved is not None:
                 os.environ[MULTIPROCESSING] = saved
         self.names = itertools.count()
-        self.generated: dict[str, int] = {}  # tokens of each request in flight
+        self.generated: dict[str, int] = {}  # tokens of each request in trial
 
     def answer(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[int]]:
         """The token ids that each prompt is answered with, as many requests at a time as the engine takes."""
@@ -67,19 +68,19 @@ class Engine:
         self.generated.clear()
         return [answers[name] for name in names]
 
-    def take_off(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
-        """Put new requests in flight in place of those that are, until each has been read and has a token.
+    def start_requests(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
+        """Put new requests in trial in place of those that are, until each has been read and has a token.
 
         Raises `ConfigError` where the K/V cache is too small for them.
         """
-        self.land()
+        self.abort_requests()
         for prompt in prompts:
             self._add(prompt, params)
         while not all(self.generated.values()):
             self._step()
 
-    def fly(self, rounds: int) -> Window:
-        """Go on with the requests in flight, none of which may end within these rounds."""
+    def run_rounds(self, rounds: int) -> Window:
+        """Go on with the requests in trial, none of which may end within these rounds."""
         before = sum(self.generated.values())
         began = time.perf_counter()
         for _ in range(rounds):
@@ -87,8 +88,8 @@ class Engine:
         seconds, tokens = time.perf_counter() - began, sum(self.generated.values()) - before
         return Window(tokens, len(self.generated) * rounds, seconds, rounds)
 
-    def write(self, tokens: int) -> Window:
-        """Go on with the requests in flight until each has written `tokens` more, none of which may end before.
+    def run_tokens(self, tokens: int) -> Window:
+        """Go on with the requests in trial until each has written `tokens` more, none of which may end before.
 
         A request counts until it has them, the round in which it comes to them as a share: requests that draft well
         and others weigh as they do where all answers are as long.
@@ -107,8 +108,8 @@ class Engine:
                     writing.remove(name)
         return Window(tokens * len(start), request_rounds, time.perf_counter() - began, rounds)
 
-    def land(self) -> None:
-        """Abort what is in flight."""
+    def abort_requests(self) -> None:
+        """Abort what is in trial."""
         self.llm.abort_request(list(self.generated))
         self.generated.clear()
         while self.llm.has_unfinished_requests():
@@ -142,34 +143,35 @@ class TunedEngine(Engine):
 
     def __init__(self, engine_args: EngineArgs):
         """engine_args: with an easyspec `speculative_config` as a dict, and a `max_num_seqs`."""
-        config: Any = engine_args.speculative_config
-        most = config["num_speculative_tokens"]
+        given: Any = engine_args.speculative_config
+        config = {key.replace("-", "_"): value for key, value in given.items()}
+        max_drafts = config["num_speculative_tokens"]
         # Each K is some batch size's, so that whatever vLLM prepares for a K at start (CUDA graphs) is there for all.
-        table = [[size, size, most + 1 - size] for size in range(1, most + 2)]
+        table = [[size, size, max_drafts + 1 - size] for size in range(1, max_drafts + 2)]
+        plans = {name: value for name, value in (config.get("layer_parallel") or {}).items() if name != "by_batch_size"}
         engine_args = changed(
             engine_args,
-            speculative_config={**config, "num_speculative_tokens_per_batch_size": table},
-            max_num_seqs=max(most + 1, engine_args.max_num_seqs or 1),
+            speculative_config={**config, "layer_parallel": plans, "num_speculative_tokens_per_batch_size": table},
+            max_num_seqs=max(max_drafts + 1, engine_args.max_num_seqs or 1),
         )
         super().__init__(engine_args, in_process=True)
-        self.num_drafts_by_batch_size: list[int] = self.llm.engine_core.engine_core.scheduler.dynamic_sd_lookup
+        self.num_drafts_by_batch_size: list[int] = scheduled_drafts(self.llm)
 
     def use(self, point: Point) -> None:
         """Draft so from the next round on; the worker's counters start anew."""
         self.num_drafts_by_batch_size[:] = [point.num_drafts] * len(self.num_drafts_by_batch_size)
         maps = {} if point.lookahead is None else {"lookahead": point.lookahead}
-        sizes = list(point.plan.plan.group_sizes)
-        self.rpc("easyspec_configure", scope=point.plan.scope, group_sizes=sizes, **maps)
+        self.rpc("easyspec_configure", scope=point.plan.scope, plan=point.plan.grouping, **maps)
         batch_sizes, drafts = [len(self.generated)], [point.num_drafts]
         self.rpc("easyspec_capture", batch_sizes=batch_sizes, num_speculative_tokens=drafts)
 
     def measure(self, point: Point, go_on: Callable[[], Window]) -> tuple[Window, dict[str, Any]]:
-        """The requests in flight under `point`, and rank 0's counters of that; go_on: `fly` or `write`.
+        """The requests in trial under `point`, and rank 0's counters of that; go_on: `fly` or `write`.
 
         Raises RuntimeError where vLLM's scheduler did not take the K that it was given.
         """
         self.use(point)
-        self.fly(WARM_ROUNDS)
+        self.run_rounds(WARM_ROUNDS)
         self.rpc("easyspec_stats", reset=True)
         window, stats = go_on(), self.rpc("easyspec_stats")
         drafted = {row["num_speculative_tokens"] for row in stats["rounds_by_plan"]}

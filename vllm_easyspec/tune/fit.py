@@ -26,17 +26,19 @@ from vllm.distributed import get_tp_group
 from vllm_easyspec.bench import BenchmarkError
 from vllm_easyspec.bench.prompts import json_lines, read_text
 from vllm_easyspec.config import ConfigError
-from vllm_easyspec.drafter.plan import SCOPES, LayerPlan, Scope
+from vllm_easyspec.drafter.plan import SCOPES, DraftPlan
+from vllm_easyspec.engineless import EnginelessDrafter
 from vllm_easyspec.lookahead import (
     KINDS,
     PARTS,
     LookaheadMaps,
     drafter_identity,
-    known_features,
+    input_features,
     rms_scaled,
     write_maps,
 )
-from vllm_easyspec.standalone import StandaloneDrafter, run_ranks
+from vllm_easyspec.metrics import plan_json
+from vllm_easyspec.ranks import run_ranks
 from vllm_easyspec.support import read_drafter
 
 BATCH = 32  # sequences read side by side
@@ -205,7 +207,7 @@ def _by_request(passes: list[torch.Tensor], requests: int) -> torch.Tensor:
 
 
 @contextmanager
-def seeing(drafter: StandaloneDrafter) -> Iterator[Seen]:
+def seeing(drafter: EnginelessDrafter) -> Iterator[Seen]:
     seen = Seen()
     drafter.model.observer = seen.add
     try:
@@ -217,11 +219,13 @@ def seeing(drafter: StandaloneDrafter) -> Iterator[Seen]:
 class Fit:
     """One rank's part: the moments of its own layers' maps."""
 
-    def __init__(self, drafter: StandaloneDrafter, settings: FitSettings, progress: Callable[[], object]):
+    def __init__(self, drafter: EnginelessDrafter, settings: FitSettings, progress: Callable[[], object]):
         self.drafter, self.settings, self.progress = drafter, settings, progress
         model = drafter.model
         self.hidden, self.layers, self.own_layers = model.shape.hidden_size, model.shape.num_layers, model.local_layers
-        self.plans = [LayerPlan.of_sizes(self.layers, sizes) for sizes in settings.plans]
+        self.plans = [
+            DraftPlan.of_sizes(self.layers, sizes, scope) for sizes in dict.fromkeys(settings.plans) for scope in SCOPES
+        ]
         self.reach = _reach(self.plans, self.layers, settings.longest_group)
         self.pairs = [(g, i) for g, last in self.reach.items() for i in range(g + 1, last + 1)]
 
@@ -239,15 +243,14 @@ class Fit:
             drafted: dict[Pair, PairMoments] = {}
             for batch in batches:
                 for plan in self.plans:
-                    for scope in SCOPES:
-                        self._drafting_pass(batch, plan, scope, drafted)
+                    self._drafting_pass(batch, plan, drafted)
                 self.progress()
             moments |= drafted
         rank, r2_by_rank = self._choose_rank(moments)
         solved = self._solved(moments, rank)
         maps = self._install(solved)
         report = {"rank": rank, "r2_by_rank": r2_by_rank, "r2": self._quality(moments, solved)}
-        report["own_rate"] = [self._own_rates(batches, plan, scope) for plan in self.plans for scope in SCOPES]
+        report["own_rate"] = [self._own_rates(batches, plan) for plan in self.plans]
         self.progress()
         return maps, report
 
@@ -292,32 +295,30 @@ class Fit:
             final = self._read(batch)
         self._add(moments, self.pairs, seen, seen, final[:, :-1], slice(1, None))
 
-    def _drafting_pass(
-        self, batch: torch.Tensor, plan: LayerPlan, scope: Scope, moments: dict[Pair, PairMoments]
-    ) -> None:
-        for round_ in self._rounds(batch, plan, scope, every=2):
+    def _drafting_pass(self, batch: torch.Tensor, plan: DraftPlan, moments: dict[Pair, PairMoments]) -> None:
+        for round_ in self._rounds(batch, plan, every=2):
             self._add(moments, _pairs(plan), round_.drafting, round_.precise, round_.previous)
 
-    def _rounds(self, batch: torch.Tensor, plan: LayerPlan, scope: Scope, every: int) -> Iterator["Round"]:
+    def _rounds(self, batch: torch.Tensor, plan: DraftPlan, every: int) -> Iterator["Round"]:
         """Draft as a round does, then read the same drafts precisely; in every `every`-th stretch of `K - 1` tokens."""
-        drafts = self.settings.num_drafts
+        num_drafts = self.settings.num_drafts
         self._rewind(0)
         final = self._read(batch)
         # Backwards, since drafting overwrites the pages of what comes after.
-        for newest in range(batch.shape[1] - drafts, SHORTEST - 1, -every * max(1, drafts - 1)):
+        for newest in range(batch.shape[1] - num_drafts, SHORTEST - 1, -every * max(1, num_drafts - 1)):
             self._rewind(newest + 1)
             hidden = final[:, newest].contiguous()
             tokens, previous = [self._next(hidden)], []
             with seeing(self.drafter) as drafting:
-                for _ in range(drafts - 1):
+                for _ in range(num_drafts - 1):
                     previous.append(hidden)
-                    hidden = self._read(tokens[-1], plan, scope, hidden)[:, -1]
+                    hidden = self._read(tokens[-1], plan, hidden)[:, -1]
                     tokens.append(self._next(hidden))
             self._rewind(newest + 1)
             drafted = torch.cat(tokens, dim=1)
             with seeing(self.drafter) as precise:
                 true = self._read(drafted[:, :-1])
-            confirmed = torch.stack([self._next(true[:, step]) for step in range(drafts - 1)], dim=1).squeeze(2)
+            confirmed = torch.stack([self._next(true[:, step]) for step in range(num_drafts - 1)], dim=1).squeeze(2)
             yield Round(torch.stack(previous, dim=1), drafting, precise, drafted[:, 1:] == confirmed)
 
     def _add(
@@ -338,7 +339,7 @@ class Fit:
                 continue
             h, p = drafting.x(g, BATCH)[:, steps], drafting.prefix(g, i, BATCH)[:, steps]
             x, q = precise.x(i, BATCH)[:, steps], precise.prefix(i, i, BATCH)[:, steps]
-            features = torch.cat([known_features(h, previous), rms_scaled(p)], dim=-1)
+            features = torch.cat([input_features(h, previous), rms_scaled(p)], dim=-1)
             missing = torch.cat([x - h, q - p], dim=-1)
             if (g, i) not in moments:
                 moments[g, i] = PairMoments.empty(self.hidden, h.device)
@@ -397,7 +398,7 @@ class Fit:
         everyones = _gathered(mine)
         return {f"{kind}.{g}.{i}": round(everyones[kind, (g, i)], 4) for kind in KINDS for g, i in self.pairs}
 
-    def _own_rates(self, batches: list[torch.Tensor], plan: LayerPlan, scope: Scope) -> dict[str, Any]:
+    def _own_rates(self, batches: list[torch.Tensor], plan: DraftPlan) -> dict[str, Any]:
         """Share of drafts that the precise pass confirms, up to the first that it doesn't, on held-out sequences.
 
         Draft 1 comes from the precise pass, so it always counts.
@@ -407,10 +408,10 @@ class Fit:
         maps, rates = self.drafter.model.lookahead, []
         for used in (None, maps):
             self.drafter.model.lookahead = used
-            confirmed = [round_.confirmed for round_ in self._rounds(chosen, plan, scope, every=4)]
+            confirmed = [round_.confirmed for round_ in self._rounds(chosen, plan, every=4)]
             leading = torch.cat(confirmed).long().cumprod(1).sum(1).float().mean().item()
             rates.append(round((1 + leading) / self.settings.num_drafts, 4))
-        return {"group_sizes": list(plan.group_sizes), "scope": scope, "without": rates[0], "with": rates[1]}
+        return plan_json(plan) | {"without": rates[0], "with": rates[1]}
 
 
 @dataclass(frozen=True)
@@ -421,11 +422,11 @@ class Round:
     confirmed: torch.Tensor  # [requests, K - 1] bool, drafts 2..K that the precise pass would have drafted too
 
 
-def _pairs(plan: LayerPlan) -> list[Pair]:
+def _pairs(plan: DraftPlan) -> list[Pair]:
     return [(group.start, i) for group in plan.groups for i in group[1:]]
 
 
-def _reach(plans: Sequence[LayerPlan], layers: int, longest_group: int) -> dict[int, int]:
+def _reach(plans: Sequence[DraftPlan], layers: int, longest_group: int) -> dict[int, int]:
     """Of each layer that a group may start at, the last layer that needs a map."""
     reach = {start: min(layers, start + longest_group) - 1 for start in range(1, layers)}
     for group in (group for plan in plans for group in plan.groups):
@@ -454,9 +455,9 @@ def fit(drafter: str, texts: Sequence[Path], output: Path, ranks: int, settings:
         shortest = SHORTEST + settings.num_drafts
         raise ConfigError(f"--length {settings.length} is too short to draft in: give {shortest} tokens or more")
     try:
-        plans = [LayerPlan.of_sizes(layers, sizes) for sizes in settings.plans]
+        plans = [DraftPlan.of_sizes(layers, sizes, name="--plans") for sizes in settings.plans]
     except ValueError as error:
-        raise ConfigError(f"--plans: {error}") from error
+        raise ConfigError(str(error)) from error
     if not _reach(plans, layers, settings.longest_group):
         raise ConfigError("no map to fit: groups of one layer need none. Give --plans with larger groups")
     sequences = cut(_tokenized(drafter, read_texts(texts)), settings.tokens, settings.length)
@@ -485,7 +486,7 @@ def _tokenized(drafter: str, texts: Iterable[str]) -> Iterator[list[int]]:
 
 
 def _fit_rank(path: str, batches: list[list[list[int]]], settings: FitSettings) -> tuple[dict, dict]:
-    drafter = StandaloneDrafter(path, dtype=settings.dtype, max_num_reqs=BATCH, max_len=settings.length + 32)
+    drafter = EnginelessDrafter(path, dtype=settings.dtype, max_num_reqs=BATCH, max_len=settings.length + 32)
     passes = len(batches) * (2 if settings.plans else 1) + 1
     first = drafter.model.rank == 0
     with (

@@ -3,8 +3,8 @@
 A group's cost is what running it side by side loses (`fidelity.py`); costs of a plan's groups add up. Dynamic
 programming then gives the cheapest plan for each number of groups, and so for each number of sequential steps. A round
 of K drafts takes `calibrate(K) + (K - 1) * step + verify(K)` and yields `1 + sum of the acceptance at positions 1 to K`
-tokens a request. Acceptance is measured at the largest K, where stretches that are easy to draft take few rounds and so
-weigh little; at a smaller K they weigh more, which one plan's real tokens a round there correct for all.
+tokens per request. Acceptance is measured at the largest K, where stretches that are easy to draft take few rounds and
+so weigh little; at a smaller K they weigh more, which one plan's real tokens per round there correct for all.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,32 +12,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_easyspec.drafter.plan import LayerPlan, Scope
+from vllm_easyspec.drafter.plan import DraftPlan, Scope
 
 # By the first layer and the size of a group of at least 2: what the group loses. A layer alone loses nothing.
 GroupCosts = Mapping[tuple[int, int], float]
 
 
 @dataclass(frozen=True)
-class ScopedPlan:
-    """How a fuzzy step runs."""
-
-    plan: LayerPlan
-    scope: Scope
-
-    @property
-    def steps(self) -> int:
-        return self.plan.sequential_steps(self.scope)
-
-    def __str__(self) -> str:
-        return "precise" if self.plan.is_precise else f"{self.scope} {self.plan}"
-
-
-@dataclass(frozen=True)
 class Point:
     """What may be chosen for a batch size: how to draft, and how much. K = 0 drafts nothing."""
 
-    plan: ScopedPlan
+    plan: DraftPlan
     num_drafts: int
     lookahead: bool | None = None  # with look-ahead maps or without; None: as the engine's configuration says
 
@@ -52,21 +37,21 @@ class StageTimes:
 
     calibrate: dict[int, float]  # by K
     verify: dict[int, float]  # by K
-    step: dict[ScopedPlan, float]  # one fuzzy step
+    step: dict[DraftPlan, float]  # one fuzzy step
     other: float  # of a round, outside the stages: scheduling, preparing inputs, output
 
     def round_ms(self, point: Point, with_other: bool) -> float:
         """A round's time; between the measured K, times lie on a line."""
-        k = point.num_drafts
-        stages = _between(self.calibrate, k) + _between(self.verify, k)
-        return stages + max(0, k - 1) * self.step[point.plan] + (self.other if with_other else 0.0)
+        num_drafts = point.num_drafts
+        stages = _between(self.calibrate, num_drafts) + _between(self.verify, num_drafts)
+        return stages + max(0, num_drafts - 1) * self.step[point.plan] + (self.other if with_other else 0.0)
 
 
-def plan_cost(plan: LayerPlan, costs: GroupCosts) -> float:
+def plan_cost(plan: DraftPlan, costs: GroupCosts) -> float:
     return sum(costs[group.start, len(group)] for group in plan.groups if len(group) > 1)
 
 
-def best_plans(num_layers: int, costs: GroupCosts) -> list[LayerPlan]:
+def best_plans(num_layers: int, costs: GroupCosts, scope: Scope) -> list[DraftPlan]:
     """For each number of groups the plan of the lowest cost, from the precise plan to the fewest groups.
 
     A plan that costs as much as one with fewer groups is left out, and so are groups that `costs` doesn't hold.
@@ -87,26 +72,26 @@ def best_plans(num_layers: int, costs: GroupCosts) -> list[LayerPlan]:
     for _, (cost, sizes) in sorted(best[num_layers].items()):  # fewest groups first
         if not kept or cost < kept[-1][0]:
             kept.append((cost, sizes))
-    return [LayerPlan(sizes) for _, sizes in reversed(kept)]
+    return [DraftPlan(sizes, scope) for _, sizes in reversed(kept)]
 
 
-def most_promising(plans: Sequence[ScopedPlan], costs: Mapping[ScopedPlan, float], count: int) -> list[ScopedPlan]:
+def most_promising(plans: Sequence[DraftPlan], costs: Mapping[DraftPlan, float], count: int) -> list[DraftPlan]:
     """At most `count` of the plans, the highest guess of a rate first."""
     return sorted(plans, key=lambda plan: _guessed_rate(plan, costs[plan]), reverse=True)[:count]
 
 
-def _guessed_rate(plan: ScopedPlan, cost: float) -> float:
+def _guessed_rate(plan: DraftPlan, cost: float) -> float:
     """Tokens over sequential steps at the best K, good enough to rank plans by before anything was measured.
 
     The target takes a draft with probability 0.7 as long as nothing is fuzzy, and verifies as long as the drafter
     calibrates; a fuzzy step keeps `1 - cost` of that probability.
     """
     target, kept = 0.7, 1 - min(1.0, cost)
-    calibrate = verify = 2 * plan.plan.num_layers
+    calibrate = verify = 2 * plan.num_layers
     tokens, best = 1 + target, 0.0
-    for drafts in range(2, 9):
-        tokens += target**drafts * kept ** (drafts - 1)
-        best = max(best, tokens / (calibrate + verify + (drafts - 1) * plan.steps))
+    for num_drafts in range(2, 9):
+        tokens += target**num_drafts * kept ** (num_drafts - 1)
+        best = max(best, tokens / (calibrate + verify + (num_drafts - 1) * plan.sequential_steps))
     return best
 
 
@@ -119,11 +104,11 @@ def predicted_rate(
     point: Point,
     batch_size: int,
     times: StageTimes,
-    acceptance: Mapping[ScopedPlan, Sequence[float]],
+    acceptance: Mapping[DraftPlan, Sequence[float]],
     correction: Mapping[int, float],
     with_other: bool,
 ) -> float:
-    """Tokens a second of `batch_size` requests. correction: by K, real tokens a round over those by acceptance."""
+    """Tokens per second of `batch_size` requests. correction: by K, real tokens per round over those by acceptance."""
     tokens = tokens_a_round(acceptance[point.plan], point.num_drafts) * _between(correction, point.num_drafts)
     return 1e3 * batch_size * tokens / times.round_ms(point, with_other)
 
@@ -164,5 +149,5 @@ def ranges(chosen: Mapping[int, Point]) -> list[Range]:
 
 
 def _between(times: Mapping[int, float], num_drafts: int) -> float:
-    known = sorted(times)
-    return float(np.interp(num_drafts, known, [times[k] for k in known]))
+    measured = sorted(times)
+    return float(np.interp(num_drafts, measured, [times[k] for k in measured]))

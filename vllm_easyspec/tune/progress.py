@@ -46,7 +46,7 @@ class Progress:
             self.bar.update(SHARES[phase] / len(items))
 
     def interrupt(self) -> None:
-        """The user has had enough."""
+        """The user pressed Ctrl-C."""
         self.interrupted = True
         self.unfinished.append(f"{self.phase}: interrupted")
 

@@ -5,7 +5,8 @@ from html import escape
 from typing import Any
 
 from vllm_easyspec.bench.report import machine
-from vllm_easyspec.tune.planner import ScopedPlan, tokens_a_round
+from vllm_easyspec.drafter.plan import DraftPlan
+from vllm_easyspec.tune.planner import tokens_a_round
 from vllm_easyspec.tune.plot import Bar, Mark, Series, bars, scatter
 from vllm_easyspec.tune.tuner import Findings
 
@@ -55,9 +56,9 @@ def _about(run: dict[str, Any]) -> str:
 def _how_measured(found: Findings) -> str:
     """What the figures are, and what they are not."""
     rates = (
-        "Rates are tokens a second by wall-clock time."
+        "Rates are tokens per second by wall-clock time."
         if found.by_wall
-        else "Rates are tokens a second of the stages' time (calibrate, draft, verify), on which the choices rest: "
+        else "Rates are tokens per second of the stages' time (calibrate, draft, verify), on which the choices rest: "
         "vLLM's own kernels are interpreted or plain PyTorch on this machine. Time outside the stages is shown apart."
     )
     answers = {
@@ -90,15 +91,15 @@ def _chosen_table(found: Findings) -> str:
                 f"{seen.wall_rate:.1f}" if seen else "",
             ]
         )
-    head = "batch size", "chosen", "tokens/s", "untuned", "tokens/s", "ratio", "tokens a round", "wall tokens/s"
+    head = "batch size", "chosen", "tokens/s", "untuned", "tokens/s", "ratio", "tokens per round", "wall tokens/s"
     return _table(head, rows, text=(1, 3))
 
 
-def _family(plan: ScopedPlan) -> str:
-    return "precise" if plan.plan.is_precise else plan.scope
+def _family(plan: DraftPlan) -> str:
+    return "precise" if plan.is_precise else plan.scope
 
 
-def _by_family(found: Findings, marks: dict[ScopedPlan, Mark]) -> list[Series]:
+def _by_family(found: Findings, marks: dict[DraftPlan, Mark]) -> list[Series]:
     return [
         Series(name, colour, [mark for plan, mark in marks.items() if _family(plan) == name])
         for name, colour in SCOPE_COLOURS.items()
@@ -110,15 +111,13 @@ def _plan_plots(found: Findings) -> Iterable[str]:
     chosen = found.chosen()
     plans = {point.plan for point in chosen.values() if point.num_drafts}
     untuned = {point.plan for point in found.untuned.values()}
-    drafts = max(len(acceptance) for acceptance in found.acceptance.values())
-    marks = {
-        plan: _mark(plan, sum(acceptance) / drafts, f"{sum(acceptance) / drafts:.3f}", plan in plans, plan in untuned)
-        for plan, acceptance in found.acceptance.items()
-    }
-    title = f"Acceptance, mean of positions 1 to {drafts}"
+    max_drafts = max(len(acceptance) for acceptance in found.acceptance.values())
+    means = {plan: sum(acceptance) / max_drafts for plan, acceptance in found.acceptance.items()}
+    marks = {plan: _mark(plan, mean, f"{mean:.3f}", plan in plans, plan in untuned) for plan, mean in means.items()}
+    title = f"Acceptance, mean of positions 1 to {max_drafts}"
     yield scatter(title, "sequential steps of a fuzzy step", "acceptance", _by_family(found, marks))
     for size in found.times:
-        best: dict[ScopedPlan, tuple[float, int]] = {}
+        best: dict[DraftPlan, tuple[float, int]] = {}
         for point, rate in found.predicted(size).items():
             if point.num_drafts:
                 best[point.plan] = max(best.get(point.plan, (0.0, 0)), (rate, point.num_drafts))
@@ -126,28 +125,28 @@ def _plan_plots(found: Findings) -> Iterable[str]:
             plan: _mark(plan, rate, f"K={k}, {rate:.1f} tokens/s", plan == chosen[size].plan, plan in untuned)
             for plan, (rate, k) in best.items()
         }
-        title = f"Tokens a second, batch size {size}"
-        yield scatter(title, "sequential steps of a fuzzy step", "tokens a second", _by_family(found, marks))
+        title = f"Tokens per second, batch size {size}"
+        yield scatter(title, "sequential steps of a fuzzy step", "tokens per second", _by_family(found, marks))
 
 
-def _mark(plan: ScopedPlan, y: float, figures: str, chosen: bool, untuned: bool) -> Mark:
-    return Mark(plan.steps, y, f"{plan}: {figures}", chosen, "untuned" if untuned else "")
+def _mark(plan: DraftPlan, y: float, figures: str, chosen: bool, untuned: bool) -> Mark:
+    return Mark(plan.sequential_steps, y, f"{plan}: {figures}", chosen, "untuned" if untuned else "")
 
 
 def _plans_table(found: Findings) -> str:
     rows = [
         [
             str(plan),
-            plan.steps,
+            plan.sequential_steps,
             f"{found.costs[plan]:.3f}" if plan in found.costs else "",
             " ".join(f"{share:.2f}" for share in acceptance),
             f"{tokens_a_round(acceptance, len(acceptance)):.2f}",
             *(f"{times.step[plan]:.2f}" if plan in times.step else "" for times in found.times.values()),
         ]
-        for plan, acceptance in sorted(found.acceptance.items(), key=lambda item: -item[0].steps)
+        for plan, acceptance in sorted(found.acceptance.items(), key=lambda item: -item[0].sequential_steps)
     ]
     steps = [f"step ms at batch {size}" for size in found.times]
-    head = "plan", "steps", "score", "acceptance by position", "tokens a round", *steps
+    head = "plan", "steps", "score", "acceptance by position", "tokens per round", *steps
     return f"<details><summary>All plans</summary>{_table(head, rows, text=(3,))}</details>"
 
 
@@ -174,7 +173,7 @@ def _arms_plot(found: Findings) -> str:
         )
         for name, rates in found.baselines.items()
     ]
-    return scatter("Engines in turn, wall-clock", "batch size", "tokens a second", series, from_zero=True)
+    return scatter("Engines in turn, wall-clock", "batch size", "tokens per second", series, from_zero=True)
 
 
 def _arms_table(found: Findings) -> str:

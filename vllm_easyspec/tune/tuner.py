@@ -4,7 +4,7 @@
    steps (`planner.py`), in both scopes.
 2. *acceptance*: the most promising plans answer all prompts at the largest K; acceptance by position says what any
    smaller K would yield.
-3. *times*: requests in flight, plans and K taking turns: calibrate, fuzzy step and verify at each batch size.
+3. *times*: requests in trial, plans and K taking turns: calibrate, fuzzy step and verify at each batch size.
 4. *confirm*: the plans that 2 and 3 predict to be fastest, each at its best K, the untuned configuration and K = 0
    draft for the same prompts in turn, each at its own K.
 5. *climb*: from the fastest of these to one draft more or less, as long as that is faster still. The fastest of all is
@@ -29,13 +29,11 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm_easyspec import support
 from vllm_easyspec.bench.engine import bind_cpus
 from vllm_easyspec.config import ConfigError, EasySpecConfig, load
-from vllm_easyspec.drafter.plan import SCOPES, LayerPlan
+from vllm_easyspec.drafter.plan import SCOPES, DraftPlan
 from vllm_easyspec.tune.engine import WARM_ROUNDS, Engine, Prompt, TunedEngine, Window, changed, running
-from vllm_easyspec.tune.flights import Confirmed, Flights, Observation, Pair, confirmed, in_turn
 from vllm_easyspec.tune.planner import (
     Point,
     Range,
-    ScopedPlan,
     StageTimes,
     best_plans,
     choose,
@@ -46,6 +44,7 @@ from vllm_easyspec.tune.planner import (
     tokens_a_round,
 )
 from vllm_easyspec.tune.progress import Progress
+from vllm_easyspec.tune.trials import Confirmed, Observation, Pair, Trials, confirmed, in_turn
 
 SCORED_PROMPTS, SCORED_TOKENS = 8, 128
 CONFIRMED = 3  # plans at each batch size, beside the untuned one and K = 0
@@ -61,7 +60,7 @@ class Settings:
     config: Path
     prompts: list[Prompt]
     batch_sizes: list[int]  # ascending
-    most_drafts: int | None = None  # the largest K tried; by itself the configuration's, or 8 if that is less
+    max_drafts: int | None = None  # the largest K tried; default: the configuration's, and at least 8
     most_plans: int = 12  # whose acceptance is measured, beside the untuned and the precise plan
     largest_group: int = 8
     new_tokens: int = 64  # answered to each prompt where acceptance and rates are measured
@@ -69,7 +68,7 @@ class Settings:
     turns: int = 3
     temperature: float = 0.0
     time_budget: float | None = None  # seconds
-    by_wall: bool | None = None  # rates by wall-clock; by itself only where vLLM's kernels are not interpreted
+    by_wall: bool | None = None  # rates by wall-clock; default: only where vLLM's kernels are not interpreted
     baselines: tuple[str, ...] = BASELINES
 
 
@@ -80,18 +79,18 @@ class Findings:
     num_layers: int
     untuned: dict[int, Point]  # by batch size
     by_wall: bool  # whether choices rest on wall-clock rates, or on those of the stages alone
-    costs: dict[ScopedPlan, float] = field(default_factory=dict)  # the scores of the searched plans
-    acceptance: dict[ScopedPlan, list[float]] = field(default_factory=dict)  # by position
+    costs: dict[DraftPlan, float] = field(default_factory=dict)  # the scores of the searched plans
+    acceptance: dict[DraftPlan, list[float]] = field(default_factory=dict)  # by position
     correction: dict[int, float] = field(default_factory=dict)  # by K, see `planner.py`
     same_answers: bool | None = None  # of all plans, token for token; None where answers are sampled
     times: dict[int, StageTimes] = field(default_factory=dict)  # by batch size
     confirmed: dict[int, dict[Point, Confirmed]] = field(default_factory=dict)  # by batch size
-    baselines: dict[str, dict[int, float]] = field(default_factory=dict)  # by batch size: tokens a second, wall-clock
+    baselines: dict[str, dict[int, float]] = field(default_factory=dict)  # by batch size: tokens per second, wall-clock
     failed: dict[str, str] = field(default_factory=dict)  # baselines whose engine did not start or died, and why
     unfinished: list[str] = field(default_factory=list)
 
     def predicted(self, batch_size: int) -> dict[Point, float]:
-        """Tokens a second of every plan whose acceptance and time are known, at every K.
+        """Tokens per second of every plan whose acceptance and time are known, at every K.
 
         Up to K = 1 there is no fuzzy step, and plans don't differ: one stands for all.
         """
@@ -105,7 +104,7 @@ class Findings:
         }
 
     def rates(self, batch_size: int) -> dict[Point, float]:
-        """Tokens a second that the choice rests on: confirmed where that came about, else predicted."""
+        """Tokens per second that the choice rests on: confirmed where they were, else predicted."""
         if batch_size not in self.confirmed:
             return self.predicted(batch_size)
         seen = self.confirmed[batch_size]
@@ -119,9 +118,9 @@ class Findings:
         seen = self.confirmed.get(batch_size, {})
         rates = self.rates(batch_size)
         best = max(rates, key=lambda point: rates[point])
-        most = max(len(acceptance) for acceptance in self.acceptance.values())
+        max_drafts = max(len(acceptance) for acceptance in self.acceptance.values())
         plans = {1: self.untuned[batch_size].plan}  # as `predicted` has it
-        drafts = [k for k in (best.num_drafts - 1, best.num_drafts + 1) if 0 < k <= most]
+        drafts = [k for k in (best.num_drafts - 1, best.num_drafts + 1) if 0 < k <= max_drafts]
         unseen = [point for point in (Point(plans.get(k, best.plan), k) for k in drafts) if point not in seen]
         return [best, *unseen] if seen and best.num_drafts and unseen else []
 
@@ -155,18 +154,18 @@ class Tuner:
         self.config = EasySpecConfig.parse(settings.config)
         self.config.check_model()
         least = max(2, self.config.num_speculative_tokens)  # the configuration is measured too
-        self.most_drafts = settings.most_drafts or max(8, least)
-        if self.most_drafts < least:
-            raise ConfigError(f"max_drafts={self.most_drafts} is not allowed. Give at least {least}")
+        self.max_drafts = settings.max_drafts or max(8, least)
+        if self.max_drafts < least:
+            raise ConfigError(f"max_drafts={self.max_drafts} is not allowed. Give at least {least}")
         shape = support.read_drafter(self.config.model, self.config.revision, self.config.code_revision)
         untuned = {size: configured(self.config, size, shape.num_layers) for size in settings.batch_sizes}
         by_wall = settings.by_wall if settings.by_wall is not None else not current_platform.is_cpu()
         self.found = Findings(shape.num_layers, untuned, by_wall)
         largest = max(settings.batch_sizes)
-        self.flights = Flights(settings.prompts, largest, self.most_drafts, settings.new_tokens, settings.temperature)
+        self.trials = Trials(settings.prompts, largest, self.max_drafts, settings.new_tokens, settings.temperature)
         bind_cpus(engine_args.tensor_parallel_size)
         self.engine_args = changed(engine_args, max_num_seqs=largest, disable_log_stats=True, use_tqdm_on_load=False)
-        self.observed: dict[tuple[int, Point], list[Pair]] = defaultdict(list)  # in flight, by batch size
+        self.observed: dict[tuple[int, Point], list[Pair]] = defaultdict(list)  # in trial, by batch size
         self.progress = Progress(settings.time_budget)
         self.found.unfinished = self.progress.unfinished
 
@@ -174,7 +173,7 @@ class Tuner:
 
     def tune(self) -> Findings:
         """Phases 1 to 5. Ends early where time runs out or the user interrupts; `Findings.unfinished` says where."""
-        config = load(self.settings.config) | {"num_speculative_tokens": self.most_drafts}
+        config = load(self.settings.config) | {"num_speculative_tokens": self.max_drafts}
         try:
             with running(TunedEngine(changed(self.engine_args, speculative_config=config))) as engine:
                 self.start_seconds = self.progress.now() - self.progress.began
@@ -211,13 +210,13 @@ class Tuner:
             self.progress.interrupt()
 
     def _check_room(self, max_model_len: int) -> None:
-        if self.flights.longest > max_model_len:
+        if self.trials.longest > max_model_len:
             raise ConfigError(
                 f"max_model_len={max_model_len} is too short for what is measured after a prompt: "
-                f"{self.flights.longest} are needed. Give more, or less prompt_tokens, new_tokens or batch sizes"
+                f"{self.trials.longest} are needed. Give more, or less prompt_tokens, new_tokens or batch sizes"
             )
 
-    def _search(self, engine: TunedEngine) -> list[ScopedPlan]:
+    def _search(self, engine: TunedEngine) -> list[DraftPlan]:
         """The untuned plans, the precise one, and the best for each number of steps, the most promising first."""
         sums: dict[Any, dict[tuple[int, int], float]] = {scope: defaultdict(float) for scope in SCOPES}
         prompts = [prompt["prompt_token_ids"][:SCORED_TOKENS] for prompt in self.settings.prompts[:SCORED_PROMPTS]]
@@ -229,25 +228,25 @@ class Tuner:
             scored += 1
         for scope in SCOPES:
             costs = {group: total / scored for group, total in sums[scope].items()}
-            for plan in best_plans(self.found.num_layers, costs):
+            for plan in best_plans(self.found.num_layers, costs, scope):
                 if not plan.is_precise:
-                    self.found.costs[ScopedPlan(plan, scope)] = plan_cost(plan, costs)
-        precise = ScopedPlan(LayerPlan.precise(self.found.num_layers), "attention")
+                    self.found.costs[plan] = plan_cost(plan, costs)
+        precise = DraftPlan.precise(self.found.num_layers)
         searched = most_promising(list(self.found.costs), self.found.costs, self.settings.most_plans)
         return list(dict.fromkeys([*(point.plan for point in self.found.untuned.values()), precise, *searched]))
 
-    def _measure_acceptance(self, engine: TunedEngine, plans: list[ScopedPlan]) -> None:
+    def _measure_acceptance(self, engine: TunedEngine, plans: list[DraftPlan]) -> None:
         expected = None
-        params = self.flights.params.clone()
+        params = self.trials.params.clone()
         params.max_tokens = self.settings.new_tokens
-        self.found.correction = {0: 1.0, self.most_drafts: 1.0}
-        points = [Point(plan, self.most_drafts) for plan in plans]
+        self.found.correction = {0: 1.0, self.max_drafts: 1.0}
+        points = [Point(plan, self.max_drafts) for plan in plans]
         points[1:1] = [Point(plans[0], k) for k in self._fewer_drafts() if k]
         for point in self.progress.within("acceptance", points):
             engine.use(point)
             answers = engine.answer(self.settings.prompts, params)
             stats = engine.rpc("easyspec_stats")
-            if point.num_drafts == self.most_drafts:
+            if point.num_drafts == self.max_drafts:
                 self.found.acceptance[point.plan] = stats["acceptance"]
             else:
                 by_acceptance = tokens_a_round(self.found.acceptance[point.plan], point.num_drafts)
@@ -258,37 +257,36 @@ class Tuner:
 
     def _fewer_drafts(self) -> list[int]:
         """The K, beside the largest, at which figures that depend on K are measured; others lie between."""
-        return sorted({0, 1, 2, self.most_drafts // 2} - {self.most_drafts})
+        return sorted({0, 1, 2, self.max_drafts // 2} - {self.max_drafts})
 
     def _measure_times(self, engine: TunedEngine) -> None:
-        most = self.most_drafts
         plans = list(self.found.acceptance)
-        points = [Point(plan, most) for plan in plans]
+        points = [Point(plan, self.max_drafts) for plan in plans]
         points += [Point(plans[0], k) for k in self._fewer_drafts()]
         seen: dict[tuple[int, Point], list[Observation]] = defaultdict(list)
         sweeps = [(turn, size) for turn in range(self.settings.turns) for size in self.settings.batch_sizes]
 
         def go_on() -> Window:
-            return engine.fly(self.settings.rounds)
+            return engine.run_rounds(self.settings.rounds)
 
         for turn, size in self.progress.within("times", sweeps):
-            engine.land()
+            engine.abort_requests()
             for point in in_turn(points, turn):
                 self._make_room(engine, size, turn)
                 seen[size, point].append(Observation.of(*engine.measure(point, go_on)))
-            self.found.times[size] = _stage_times({point: seen[size, point] for point in points}, most)
+            self.found.times[size] = _stage_times({point: seen[size, point] for point in points}, self.max_drafts)
 
     def _make_room(self, engine: TunedEngine, size: int, turn: int) -> None:
-        """Put requests in flight where none are, or where one could end within the next measurement."""
-        next_takes = (WARM_ROUNDS + self.settings.rounds) * (self.most_drafts + 1)
-        if not engine.generated or max(engine.generated.values()) + next_takes >= self.flights.params.max_tokens:
-            engine.take_off(self.flights.batch(size, turn), self.flights.params)
+        """Put requests in trial where none are, or where one could end within the next measurement."""
+        next_takes = (WARM_ROUNDS + self.settings.rounds) * (self.max_drafts + 1)
+        if not engine.generated or max(engine.generated.values()) + next_takes >= self.trials.params.max_tokens:
+            engine.start_requests(self.trials.batch(size, turn), self.trials.params)
 
     def _confirm(self, engine: TunedEngine) -> None:
         points = self._worth_confirming()
         turns = [(turn, size) for turn in range(self.settings.turns) for size in self.found.times]
         for turn, size in self.progress.within("confirm", turns):
-            self._fly(engine, size, points[size], turn)
+            self._run_trials(engine, size, points[size], turn)
 
     def _worth_confirming(self) -> dict[int, list[Point]]:
         """By batch size: plans predicted to be fastest, the smaller size's best, the untuned one and K = 0."""
@@ -296,7 +294,7 @@ class Tuner:
         smaller: list[Point] = []
         for size in self.found.times:
             rates = self.found.predicted(size)
-            fastest: dict[ScopedPlan, Point] = {}  # each plan's best K
+            fastest: dict[DraftPlan, Point] = {}  # each plan's best K
             for point in sorted((p for p in rates if p.num_drafts), key=lambda point: rates[point], reverse=True):
                 fastest.setdefault(point.plan, point)
             best = list(fastest.values())[:CONFIRMED]
@@ -306,26 +304,26 @@ class Tuner:
         return points
 
     def _climb(self, engine: TunedEngine) -> None:
-        """The fastest point flies again beside its neighbours."""
+        """The fastest point is tried again beside its neighbours."""
         for _, size in self.progress.within("climb", list(product(range(CLIMBS), self.found.confirmed)), minimum=0):
             if points := self.found.neighbours(size):
                 for turn in range(self.settings.turns):
-                    self._fly(engine, size, points, turn)
+                    self._run_trials(engine, size, points, turn)
 
-    def _fly(self, engine: TunedEngine, size: int, points: list[Point], turn: int) -> None:
+    def _run_trials(self, engine: TunedEngine, size: int, points: list[Point], turn: int) -> None:
         reference = self.found.untuned[size]
         points = points if reference in points else [*points, reference]
-        for point, pair in self.flights.compare(engine, size, points, turn, reference):
+        for point, pair in self.trials.compare(engine, size, points, turn, reference):
             self.observed[size, point].append(pair)
         confirmed_so_far = self.found.confirmed.setdefault(size, {})
         confirmed_so_far.update({point: confirmed(size, self.observed[size, point]) for point in points})
 
     def _run_arm(self, name: str, speculative_config: dict[str, Any] | None) -> None:
-        """Tokens a second at each batch size of an engine of its own."""
+        """Tokens per second at each batch size of an engine of its own."""
         arguments, turns = changed(self.engine_args, speculative_config=speculative_config), self.settings.turns
         try:
             with running(Engine(arguments, in_process=False)) as engine:
-                rates = {size: self.flights.wall_rate(engine, size, turns) for size in self.found.times}
+                rates = {size: self.trials.wall_rate(engine, size, turns) for size in self.found.times}
         except (RuntimeError, ValueError, EngineDeadError) as error:  # the others go on
             self.found.failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
         else:
@@ -334,18 +332,10 @@ class Tuner:
 
 def configured(config: EasySpecConfig, batch_size: int, num_layers: int) -> Point:
     """What a configuration does at a batch size."""
-    layer_parallel, k = config.layer_parallel, config.num_speculative_tokens
-    plan, scope = layer_parallel.plan(num_layers), layer_parallel.scope
-    for up_to, *entry in reversed(layer_parallel.plan_table(num_layers)):
-        if up_to is None or batch_size <= up_to:
-            plan, scope = entry  # type: ignore[assignment]
-    for first, _, drafts in sorted(config.num_speculative_tokens_per_batch_size or []):
-        if first <= batch_size:
-            k = min(drafts, config.num_speculative_tokens)
-    return Point(ScopedPlan(plan, scope), k)
+    return Point(config.layer_parallel.plan_table(num_layers).at(batch_size), config.num_drafts_at(batch_size))
 
 
-def _stage_times(seen: dict[Point, list[Observation]], most_drafts: int) -> StageTimes:
+def _stage_times(seen: dict[Point, list[Observation]], max_drafts: int) -> StageTimes:
     """Medians over turns. By K, the times of the points with the first plan; a step's, those at the largest K."""
 
     def typical(point: Point, stage: str) -> float:
@@ -357,6 +347,6 @@ def _stage_times(seen: dict[Point, list[Observation]], most_drafts: int) -> Stag
     return StageTimes(
         calibrate={point.num_drafts: typical(point, "calibrate") for point in by_k},
         verify={point.num_drafts: typical(point, "verify") for point in by_k},
-        step={p.plan: typical(p, "draft") / (most_drafts - 1) for p in seen if p.num_drafts == most_drafts},
+        step={p.plan: typical(p, "draft") / (max_drafts - 1) for p in seen if p.num_drafts == max_drafts},
         other=median(others),
     )

@@ -1,16 +1,16 @@
-"""What the drafter leaves unread while K is 0, and reads before it drafts again.
+"""What the drafter leaves uncalibrated while K is 0, and calibrates before it drafts again.
 
 Where the scheduler's table says K = 0, speculation does not pay, and a drafter that read along would only slow the
 target down. So a round of K = 0 is *paused*: nothing is calibrated, and the blocks that hold the round's tokens are
-marked as unread. A later round that drafts first reads, precisely, what its requests have in unread blocks.
+marked as uncalibrated. A later round that drafts first reads, precisely, what its requests have in marked blocks.
 
 Marks belong to blocks, not to requests: a block that prefix caching keeps after its request has ended still says to
 the next one whether the drafter has read it. Invariant: in a block without a mark every position that the target has
-computed is precise. A mark too many costs reading a block once more, so blocks that vLLM frees keep theirs until a
+computed is precise. A superfluous mark costs reading a block once more, so blocks that vLLM frees keep theirs until a
 request that drafts takes them over.
 
 A round reads at most as many tokens as an engine step may hold. A request with more keeps marks, and what it drafts
-meanwhile comes from unread pages: the target tests it like every draft, and takes little of it.
+meanwhile comes from such pages: the target tests it like every draft, and takes little of it.
 """
 
 from collections.abc import Sequence
@@ -25,14 +25,14 @@ from vllm_easyspec.batch import DraftBatch
 
 @dataclass(frozen=True)
 class Span:
-    """Positions `begin` to `end - 1` of request `row` of a batch."""
+    """Positions `begin` to `end - 1` of a batch's request `req`."""
 
-    row: int
+    req: int
     begin: int
     end: int
 
 
-class UnreadBlocks:
+class UncalibratedBlocks:
     def __init__(self, num_blocks: int, block_size: int, max_len: int, device: torch.device):
         """max_len: positions that the drafter may hold, `[0, max_len)`."""
         # That of block 0, vLLM's null block, says nothing.
@@ -42,39 +42,39 @@ class UnreadBlocks:
         self.any = False  # False: the host knows that no block is marked
         self.up_to_date: set[str] = set()  # requests of the last round, none of whose blocks are marked
 
-    def pause(self, batch: DraftBatch) -> None:
+    def mark(self, batch: DraftBatch) -> None:
         """Mark the blocks of what the target has just computed. Never waits for the device."""
         self.any = True
         self.up_to_date.clear()
         self.marks[self._blocks_of_step(batch)] = True
 
-    def spans_to_read(self, batch: DraftBatch, req_ids: Sequence[str], budget: int) -> list[Span]:
+    def spans_to_calibrate(self, batch: DraftBatch, req_ids: Sequence[str], budget: int) -> list[Span]:
         """What must be read before the batch's calibration finds precise pages, about `budget` tokens of it.
 
-        Call `have_read` with it. Marks the round's own blocks as they will be after the calibration. Waits for the
-        device where the host can't know that a request has no unread block.
+        Call `mark_calibrated` with it. Marks the round's own blocks as they will be after the calibration. Waits for
+        the device where the host can't know that a request has no marked block.
         """
         computed = batch.seq_lens_bound - batch.query_lens  # exact while prefilling
         ask = any(
-            computed[row] > 0 if batch.prefilling[row] else req_ids[row] not in self.up_to_date
-            for row in range(batch.num_reqs)
+            computed[req] > 0 if batch.prefilling[req] else req_ids[req] not in self.up_to_date
+            for req in range(batch.num_reqs)
         )
         spans, behind, budget = [], np.zeros(batch.num_reqs, dtype=bool), max(budget, self.block_size)
-        for span in self._unread(batch) if ask else ():
+        for span in self._spans_behind(batch) if ask else ():
             end = span.end
             if end - span.begin > budget:
-                behind[span.row] = True
+                behind[span.req] = True
                 end = span.begin + budget // self.block_size * self.block_size
             if end > span.begin:
-                spans.append(Span(span.row, span.begin, end))
+                spans.append(Span(span.req, span.begin, end))
                 budget -= end - span.begin
-        self.up_to_date = {req_ids[row] for row in np.flatnonzero(~behind)}
+        self.up_to_date = {req_ids[req] for req in np.flatnonzero(~behind)}
         blocks = self._blocks_of_step(batch)
         self.marks[blocks] = async_tensor_h2d(behind, self.marks.device).unsqueeze(1).expand_as(blocks)
         return spans
 
-    def have_read(self, slots: torch.Tensor) -> None:
-        """slots: `[tokens] int64`, of all tokens of `spans_to_read`."""
+    def mark_calibrated(self, slots: torch.Tensor) -> None:
+        """slots: `[tokens] int64`, of all tokens of `spans_to_calibrate`."""
         self.marks[slots // self.block_size] = False
 
     def copied(self, copies: Sequence[tuple[int, int]]) -> None:
@@ -83,23 +83,23 @@ class UnreadBlocks:
             sources, targets = async_tensor_h2d(np.array(copies, dtype=np.int64), self.marks.device).unbind(1)
             self.marks[targets] = self.marks[sources]
 
-    def first_unread(self, block_table: torch.Tensor, last_positions: torch.Tensor) -> torch.Tensor:
+    def first_uncalibrated(self, block_table: torch.Tensor, last_positions: torch.Tensor) -> torch.Tensor:
         """The first position `[reqs] int64` that lies in a marked block and is not after `last_positions`
         (`[reqs] int64`); where there is none, the first after the table. block_table: `[reqs, width] int32`."""
         firsts = torch.arange(block_table.shape[1], device=block_table.device) * self.block_size
         marked = self.marks[block_table.long()] & (firsts <= last_positions.unsqueeze(1))
         return torch.where(marked, firsts, block_table.shape[1] * self.block_size).amin(1)
 
-    def _unread(self, batch: DraftBatch) -> list[Span]:
-        """For each request that is behind, from its first unread block on what the target computed before this round,
+    def _spans_behind(self, batch: DraftBatch) -> list[Span]:
+        """For each request that is behind, from its first marked block on what the target computed before this round,
         and a decoding request's first token, which the round before would have calibrated."""
         width = -(-int(batch.seq_lens_bound.max()) // self.block_size)
-        first = self.first_unread(batch.block_table[:, :width], batch.start_positions)
+        first = self.first_uncalibrated(batch.block_table[:, :width], batch.start_positions)
         left = self.marks[1:].any().expand_as(first)
         begins, starts, any_left = torch.stack([first, batch.start_positions, left]).tolist()
         self.any = bool(any_left[0])
         ends = np.minimum(np.array(starts) + ~batch.prefilling, self.max_len).tolist()
-        return [Span(row, begin, end) for row, (begin, end) in enumerate(zip(begins, ends, strict=True)) if begin < end]
+        return [Span(req, begin, end) for req, (begin, end) in enumerate(zip(begins, ends, strict=True)) if begin < end]
 
     def _blocks_of_step(self, batch: DraftBatch) -> torch.Tensor:
         """`[reqs, at most so many] int64`: the blocks of what the target computed in this round, 0 for none."""

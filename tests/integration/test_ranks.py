@@ -10,7 +10,7 @@ import pytest
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank, tensor_model_parallel_all_reduce
 
-from vllm_easyspec.standalone import RankError, run_ranks
+from vllm_easyspec.ranks import RankError, run_ranks
 
 
 def fail_on_rank_one() -> None:

@@ -1,4 +1,4 @@
-"""`UnreadBlocks` beside a slow oracle: a pool of blocks, requests that come, share prefixes, pause, draft and go."""
+"""`UncalibratedBlocks` beside a slow oracle: blocks, and requests that come, share prefixes, pause, draft and go."""
 
 import random
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vllm_easyspec.batch import DraftBatch
-from vllm_easyspec.unread import Span, UnreadBlocks
+from vllm_easyspec.uncalibrated import Span, UncalibratedBlocks
 
 BLOCK_SIZE = 4
 BLOCKS, WIDTH = 40, 12
@@ -28,7 +28,7 @@ class Engine:
 
     def __init__(self, seed: int):
         self.rng = random.Random(seed)
-        self.unread = UnreadBlocks(BLOCKS, BLOCK_SIZE, MAX_LEN, torch.device("cpu"))
+        self.uncalibrated = UncalibratedBlocks(BLOCKS, BLOCK_SIZE, MAX_LEN, torch.device("cpu"))
         self.free = list(range(1, BLOCKS))
         self.precise: set[tuple[int, int]] = set()
         self.requests: list[Request] = []
@@ -72,20 +72,20 @@ class Engine:
         stood = drafts.num_valid.tolist()
         spans: list[Span] = []
         if pause:
-            self.unread.pause(drafts)
-        elif self.unread.any:
-            spans = self.unread.spans_to_read(drafts, [request.name for request, _ in batch], budget)
+            self.uncalibrated.mark(drafts)
+        elif self.uncalibrated.any:
+            spans = self.uncalibrated.spans_to_calibrate(drafts, [request.name for request, _ in batch], budget)
             for span in spans:
-                self.write(batch[span.row][0], range(span.begin, span.end))
-            positions = [(batch[s.row][0], position) for s in spans for position in range(s.begin, s.end)]
+                self.write(batch[span.req][0], range(span.begin, span.end))
+            positions = [(batch[s.req][0], position) for s in spans for position in range(s.begin, s.end)]
             if positions:
                 slots = [r.blocks[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for r, p in positions]
-                self.unread.have_read(torch.tensor(slots))
-        behind = {request.name for request, _ in batch} - self.unread.up_to_date if not pause else set()
+                self.uncalibrated.mark_calibrated(torch.tensor(slots))
+        behind = {request.name for request, _ in batch} - self.uncalibrated.up_to_date if not pause else set()
         for (request, prefilling), valid in zip(batch, stood, strict=True):
             first = request.computed + (not prefilling)
             request.computed += valid
-            if not pause and not (self.unread.any and request.name in behind):
+            if not pause and not (self.uncalibrated.any and request.name in behind):
                 self.write(request, range(first, min(request.computed + 1, MAX_LEN)))
             else:  # unread, or read on top of unread pages: nothing precise comes of it
                 for position in range(first, request.computed):
@@ -128,7 +128,7 @@ class Engine:
             for position in range(min(request.computed, MAX_LEN)):
                 block = request.blocks[position // BLOCK_SIZE]
                 known = (block, position % BLOCK_SIZE) in self.precise
-                assert known or self.unread.marks[block], (request, position)
+                assert known or self.uncalibrated.marks[block], (request, position)
 
 
 @pytest.mark.parametrize("budget", [4, 12, 1000])
@@ -158,24 +158,24 @@ def batch_of(start: int, read: int, prefilling: bool) -> tuple[Engine, DraftBatc
 
 def test_what_was_paused_is_read_once_and_from_its_block_on():
     engine, paused = batch_of(start=9, read=1, prefilling=False)
-    engine.unread.pause(paused)
-    assert engine.unread.marks[1:].nonzero().flatten().tolist() == [2]  # block 3: positions 8 to 11
+    engine.uncalibrated.mark(paused)
+    assert engine.uncalibrated.marks[1:].nonzero().flatten().tolist() == [2]  # block 3: positions 8 to 11
     _, drafting = batch_of(start=10, read=1, prefilling=False)
-    assert engine.unread.spans_to_read(drafting, ["one"], 100) == [Span(0, 8, 11)]
-    engine.unread.have_read(torch.tensor([12, 13, 14]))
-    assert engine.unread.spans_to_read(drafting, ["one"], 100) == []
+    assert engine.uncalibrated.spans_to_calibrate(drafting, ["one"], 100) == [Span(0, 8, 11)]
+    engine.uncalibrated.mark_calibrated(torch.tensor([12, 13, 14]))
+    assert engine.uncalibrated.spans_to_calibrate(drafting, ["one"], 100) == []
 
 
 def test_more_than_the_budget_is_read_in_several_rounds():
     engine, paused = batch_of(start=0, read=20, prefilling=True)
-    engine.unread.pause(paused)
+    engine.uncalibrated.mark(paused)
     _, drafting = batch_of(start=20, read=1, prefilling=False)
     found = []
     for _ in range(3):
-        spans = engine.unread.spans_to_read(drafting, ["one"], 10)
+        spans = engine.uncalibrated.spans_to_calibrate(drafting, ["one"], 10)
         found += [(span.begin, span.end) for span in spans]
-        assert ("one" in engine.unread.up_to_date) == (found[-1][1] == 21)
-        engine.unread.have_read(
+        assert ("one" in engine.uncalibrated.up_to_date) == (found[-1][1] == 21)
+        engine.uncalibrated.mark_calibrated(
             torch.tensor([4 + position for span in spans for position in range(span.begin, span.end)])
         )
     assert found == [(0, 8), (8, 16), (16, 21)]
@@ -183,24 +183,24 @@ def test_more_than_the_budget_is_read_in_several_rounds():
 
 def test_beyond_the_drafters_context_nothing_is_read():
     engine, paused = batch_of(start=MAX_LEN - 2, read=4, prefilling=True)
-    engine.unread.pause(paused)
+    engine.uncalibrated.mark(paused)
     _, drafting = batch_of(start=MAX_LEN + 2, read=1, prefilling=False)
-    assert engine.unread.spans_to_read(drafting, ["one"], 100) == [Span(0, MAX_LEN - 4, MAX_LEN)]
+    assert engine.uncalibrated.spans_to_calibrate(drafting, ["one"], 100) == [Span(0, MAX_LEN - 4, MAX_LEN)]
 
 
 def test_copied_blocks_take_their_marks_along():
     engine, paused = batch_of(start=0, read=4, prefilling=True)
-    engine.unread.copied([(1, 7)])
-    engine.unread.pause(paused)
-    engine.unread.copied([(1, 7), (2, 8)])
-    assert engine.unread.marks[[1, 2, 7, 8]].tolist() == [True, False, True, False]
+    engine.uncalibrated.copied([(1, 7)])
+    engine.uncalibrated.mark(paused)
+    engine.uncalibrated.copied([(1, 7), (2, 8)])
+    assert engine.uncalibrated.marks[[1, 2, 7, 8]].tolist() == [True, False, True, False]
 
 
 def test_the_host_forgets_marks_once_there_are_none():
     engine, paused = batch_of(start=0, read=3, prefilling=True)
-    engine.unread.pause(paused)
+    engine.uncalibrated.mark(paused)
     _, drafting = batch_of(start=3, read=1, prefilling=False)
-    assert engine.unread.spans_to_read(drafting, ["one"], 100) == [Span(0, 0, 4)]
-    engine.unread.have_read(torch.tensor([4, 5, 6, 7]))
-    engine.unread.spans_to_read(drafting, ["another"], 100)
-    assert not engine.unread.any
+    assert engine.uncalibrated.spans_to_calibrate(drafting, ["one"], 100) == [Span(0, 0, 4)]
+    engine.uncalibrated.mark_calibrated(torch.tensor([4, 5, 6, 7]))
+    engine.uncalibrated.spans_to_calibrate(drafting, ["another"], 100)
+    assert not engine.uncalibrated.any

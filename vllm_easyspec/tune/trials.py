@@ -1,4 +1,4 @@
-"""Points compared on the same text: requests put in flight anew for each, points taking turns."""
+"""Trials: the same requests started anew for each point in turn, so that points are compared on the same text."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from vllm import SamplingParams
 from vllm_easyspec.tune.engine import WARM_ROUNDS, Engine, Prompt, TunedEngine, Window
 from vllm_easyspec.tune.planner import Point
 
-FLIGHTS = 15  # of one request in a turn, fewer of larger batches
+TRIALS_A_TURN = 15  # of one request in a turn, fewer of larger batches
 
 
 @dataclass(frozen=True)
@@ -29,30 +29,28 @@ class Observation:
         return sum(self.stage_ms.values())
 
 
-# A point's observation of a flight, and the reference point's of the same flight.
+# A point's observation of a trial, and the reference point's of the same trial.
 Pair = tuple[Observation, Observation]
 
 
 @dataclass
 class Confirmed:
-    """What a point did in flight, over all turns."""
+    """What a point did in its trials, over all turns."""
 
     tokens_a_round: float  # of one request, mean
     stage_ms: dict[str, float]  # typical, see `confirmed`
     wall_ms: float  # of a round, likewise
-    stage_rate: float  # tokens a second of the stages' time alone
-    wall_rate: float  # tokens a second
+    stage_rate: float  # tokens per second of the stages' time alone
+    wall_rate: float  # tokens per second
 
 
-class Flights:
-    def __init__(
-        self, prompts: Sequence[Prompt], largest: int, most_drafts: int, tokens: int, temperature: float = 0.0
-    ):
-        """largest: batch size; most_drafts: K; tokens: that each request of a flight writes."""
+class Trials:
+    def __init__(self, prompts: Sequence[Prompt], largest: int, max_drafts: int, tokens: int, temperature: float = 0.0):
+        """largest: batch size; max_drafts: K; tokens: that each request of a trial writes."""
         self.prompts = prompts
         self.tokens = tokens
         # Every request goes on until the slowest has its tokens, and the first to be read waits for the last.
-        outlives = (largest + WARM_ROUNDS + tokens) * (most_drafts + 1)
+        outlives = (largest + WARM_ROUNDS + tokens) * (max_drafts + 1)
         self.params = SamplingParams(
             temperature=temperature, max_tokens=1 + outlives, ignore_eos=True, detokenize=False
         )
@@ -62,36 +60,36 @@ class Flights:
         """Tokens of the longest request, its prompt included."""
         return max(len(prompt["prompt_token_ids"]) for prompt in self.prompts) + self.params.max_tokens
 
-    def batch(self, size: int, flight: int) -> list[Prompt]:
-        """`size` prompts, others each flight; from the start again where they run out."""
-        return [self.prompts[(flight * size + index) % len(self.prompts)] for index in range(size)]
+    def batch(self, size: int, trial: int) -> list[Prompt]:
+        """`size` prompts, others each trial; from the start again where they run out."""
+        return [self.prompts[(trial * size + index) % len(self.prompts)] for index in range(size)]
 
     def numbers(self, size: int, turn: int) -> range:
-        """The flights of a turn."""
-        count = -(-FLIGHTS // size)
+        """The trials of a turn."""
+        count = -(-TRIALS_A_TURN // size)
         return range(turn * count, (turn + 1) * count)
 
     def compare(
         self, engine: TunedEngine, size: int, points: Sequence[Point], turn: int, reference: Point
     ) -> Iterator[tuple[Point, Pair]]:
-        """A turn of each point on the same prompts; every other flight in the opposite order.
+        """A turn of each point on the same prompts; every other trial in the opposite order.
 
         reference: one of the points.
         """
-        for flight in self.numbers(size, turn):
+        for trial in self.numbers(size, turn):
             seen: dict[Point, Observation] = {}
-            for point in in_turn(points, flight):
-                engine.take_off(self.batch(size, flight), self.params)
-                seen[point] = Observation.of(*engine.measure(point, lambda: engine.write(self.tokens)))
+            for point in in_turn(points, trial):
+                engine.start_requests(self.batch(size, trial), self.params)
+                seen[point] = Observation.of(*engine.measure(point, lambda: engine.run_tokens(self.tokens)))
             yield from ((point, (observed, seen[reference])) for point, observed in seen.items())
 
     def wall_rate(self, engine: Engine, size: int, turns: int) -> float:
-        """Tokens a second of any engine, on the prompts that `compare` takes."""
+        """Tokens per second of any engine, on the prompts that `compare` takes."""
         windows = []
-        for flight in (number for turn in range(turns) for number in self.numbers(size, turn)):
-            engine.take_off(self.batch(size, flight), self.params)
-            engine.fly(WARM_ROUNDS)
-            windows.append(engine.write(self.tokens))
+        for trial in (number for turn in range(turns) for number in self.numbers(size, turn)):
+            engine.start_requests(self.batch(size, trial), self.params)
+            engine.run_rounds(WARM_ROUNDS)
+            windows.append(engine.run_tokens(self.tokens))
         return 1e3 * size * _tokens_a_round(windows) / median(window.wall_ms for window in windows)
 
 
@@ -101,9 +99,9 @@ def in_turn(points: Sequence[Point], turn: int) -> Sequence[Point]:
 
 
 def confirmed(size: int, seen: Sequence[Pair]) -> Confirmed:
-    """Times are medians of ratios to the reference in the same flight, times its own median.
+    """Times are medians of ratios to the reference in the same trial, times its own median.
 
-    A shared machine has slow and fast minutes; a flight lasts a second or two, so most of that cancels.
+    A shared machine has slow and fast minutes; a trial takes a second or two, so most of that cancels.
     """
     tokens = _tokens_a_round([one.window for one, _ in seen])
     stages = median(reference.stages_ms for _, reference in seen)

@@ -8,9 +8,9 @@ a draft of one is rejected by the other. 0 is no loss, 1 all.
 
 import torch
 
-from vllm_easyspec.drafter.model import LayerParallelDrafter
+from vllm_easyspec.drafter.model import LayerParallelDrafter, Rotate
 from vllm_easyspec.drafter.paged_kv import DensePass
-from vllm_easyspec.drafter.plan import LayerPlan, Scope
+from vllm_easyspec.drafter.plan import DraftPlan, Scope
 from vllm_easyspec.metrics import PassCounters
 
 
@@ -23,17 +23,10 @@ class FirstStepPass:
         earlier = precise.mask.tril(-1)
         self.mask = torch.cat([earlier, torch.eye(len(earlier), dtype=torch.bool, device=earlier.device)], dim=1)
 
-    def positions_for(self, num_layers: int) -> torch.Tensor:
-        return self.precise.positions.repeat(num_layers)
-
-    def plain_cache(self, layers: slice) -> tuple[None, None]:
-        return None, None
-
-    def attend(
-        self, layers: slice, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, stored: bool = False
-    ) -> torch.Tensor:
+    def attend(self, layers: slice, qkv: torch.Tensor, rotate: Rotate) -> torch.Tensor:
         local = range(layers.start, layers.stop)
-        parts = zip(local, *(t.chunk(len(local)) for t in (q, k, v)), strict=True)
+        rotated = rotate(layers, qkv, self.precise.positions.repeat(len(local)))
+        parts = zip(local, *(tensor.chunk(len(local)) for tensor in rotated), strict=True)
         return torch.cat([self._attend_layer(*part) for part in parts])
 
     def _attend_layer(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -56,7 +49,7 @@ def group_costs(
     model.counters = PassCounters()  # these passes belong to no stage
     layers = model.shape.num_layers
     precise = DensePass(len(ids), model.shape.sliding_window, ids.device)
-    hidden = model(ids, LayerPlan.precise(layers), scope, precise)
+    hidden = model(ids, DraftPlan.precise(layers), precise)
     expected = _distributions(model, hidden)
     step, previous = FirstStepPass(precise), torch.nn.functional.pad(hidden[:-1], (0, 0, 1, 0))
     costs = []
@@ -64,8 +57,8 @@ def group_costs(
         for start in range(layers - size + 1):
             if model.lookahead is not None and start + size - 1 > model.lookahead.reach.get(start, start):
                 continue
-            plan = LayerPlan((1,) * start + (size,) + (1,) * (layers - start - size))
-            found = _distributions(model, model(ids, plan, scope, step, previous))
+            plan = DraftPlan((1,) * start + (size,) + (1,) * (layers - start - size), scope)
+            found = _distributions(model, model(ids, plan, step, previous))
             costs.append((start, size, float(0.5 * (found - expected).abs().sum(-1).mean())))
     return costs
 

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from vllm_easyspec.config import EasySpecConfig
+from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.tune.planner import Point, Range
 
 PATH_FIELDS = ("model", "lookahead")  # a value that begins with ./ or ../ counts from the file's folder
@@ -21,20 +22,16 @@ def tuned_yaml(
 
     comments: lines for the head; notes: what to say about a point.
     """
-    given = as_written(source)
+    given = read_fields(source)
     for name in PATH_FIELDS:
         if str(given.get(name)).startswith(("./", "../")):
             given[name] = _from_folder(source.parent / given[name], out.parent)
-    drafting = [one for one in ranges if one.point.num_drafts]
-    most = max((one.point.num_drafts for one in drafting), default=1)
+    max_drafts = max(1, *(one.point.num_drafts for one in ranges))
     lines = [f"# {line}" for line in comments]
     lines += ["method: easyspec", _line("model", given.pop("model"))]
-    lines.append(f"num_speculative_tokens: {most} # K, tokens drafted a round")
-    if len({one.point.num_drafts for one in ranges} | {most}) > 1:
-        lines.append("num_speculative_tokens_per_batch_size: # first batch size, last batch size, K")
-        lines += [f"  - [{first}, {last}, {k}]" for first, last, k in _drafts(ranges)]
+    lines.append(f"num_speculative_tokens: {max_drafts} # K, tokens drafted per round")
     lines.append("layer_parallel:")
-    lines += _plans(drafting, notes)
+    lines += _plans(ranges, max_drafts, notes)
     if (mlp := (given.get("layer_parallel") or {}).get("mlp")) is not None:
         lines.append(f"  mlp: {mlp}")
     rest = {name: value for name, value in given.items() if name not in WRITTEN_HERE}
@@ -43,7 +40,7 @@ def tuned_yaml(
     return text
 
 
-def as_written(source: Path) -> dict[str, Any]:
+def read_fields(source: Path) -> dict[str, Any]:
     """The fields of a configuration in YAML or JSON, paths as they stand there."""
     return {str(key).replace("-", "_"): value for key, value in yaml.safe_load(source.read_text()).items()}
 
@@ -57,44 +54,32 @@ def _line(name: str, value: Any) -> str:
     return yaml.safe_dump({name: value}).rstrip()
 
 
-def _drafts(ranges: Sequence[Range]) -> list[tuple[int, int, int]]:
-    """vLLM's form: first and last batch size, K; it carries the last K on to all larger batches."""
-    merged: list[tuple[int, int, int]] = []
-    first = 1
-    for one in ranges:
-        last = one.up_to or first
-        if merged and merged[-1][2] == one.point.num_drafts:
-            merged[-1] = (merged[-1][0], last, one.point.num_drafts)
-        else:
-            merged.append((first, last, one.point.num_drafts))
-        first = last + 1
-    return merged
+def _plans(ranges: Sequence[Range], max_drafts: int, notes: Mapping[Point, str]) -> list[str]:
+    """The plan of the largest batches that draft, and in `by_batch_size` what other batches do.
 
-
-def _plans(drafting: Sequence[Range], notes: Mapping[Point, str]) -> list[str]:
-    """One plan stands in `layer_parallel` itself; of several, the last does, and the others in `by_batch_size`."""
+    max_drafts: the K of all, which the largest batches needn't repeat.
+    """
+    drafting = [one.point.plan for one in ranges if one.point.num_drafts]
     if not drafting:
-        return ["  scope: attention # says nothing: at no batch size is anything drafted"]
-    merged = [
-        one
-        for one, following in zip(drafting, [*drafting[1:], None], strict=True)
-        if following is None or following.point.plan != one.point.plan
-    ]
-    *table, last = merged
-    lines = [f"  {part}" for part in _fields(last, notes)]
+        lines, table = ["  scope: attention # says nothing: at no batch size is anything drafted"], list(ranges)
+    else:
+        beside, last = drafting[-1], ranges[-1].point
+        lines = [f"  {field}" for field in _plan_fields(beside, notes.get(last) if last.plan == beside else None)]
+        table = list(ranges[:-1] if last.num_drafts == max_drafts else ranges)
     if table:
         lines.append("  by_batch_size:")
     for one in table:
-        first, *more = [f"up_to: {one.up_to}", *_fields(one, notes)]
-        lines += [f"    - {first}", *(f"      {part}" for part in more)]
+        fields = [f"up_to: {one.up_to}"] if one.up_to else []
+        if one.point.num_drafts and one.point.plan != drafting[-1]:
+            fields += _plan_fields(one.point.plan, notes.get(one.point))
+        fields.append(f"num_speculative_tokens: {one.point.num_drafts}")
+        lines += [f"    {'-' if index == 0 else ' '} {field}" for index, field in enumerate(fields)]
     return lines
 
 
-def _fields(one: Range, notes: Mapping[Point, str]) -> list[str]:
-    plan = one.point.plan
-    note = notes.get(one.point)
+def _plan_fields(plan: DraftPlan, note: str | None) -> list[str]:
     return [
         f"scope: {plan.scope}" + (f" # {note}" if note else ""),
-        f"group_sizes: {list(plan.plan.group_sizes)} # {plan.plan.num_layers} layers as {plan.plan}: {plan.steps} "
-        f"sequential steps, precise has {2 * plan.plan.num_layers}",
+        f"plan: {plan.grouping} # {plan.num_layers} layers in {plan.sequential_steps} sequential steps, precise has "
+        f"{2 * plan.num_layers}",
     ]
