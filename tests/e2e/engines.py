@@ -86,8 +86,8 @@ def engine(model: Path = TARGET, **arguments: Any) -> Iterator[LLM]:
     try:
         yield llm
     finally:
-        # The engine's process never ends by itself within vLLM's five seconds, and is killed then.
-        llm.llm_engine.engine_core.shutdown(timeout=1.0)
+        # Its processes never end by themselves within vLLM's five seconds, and are killed then. They hold nothing.
+        llm.llm_engine.engine_core.shutdown(timeout=0.1)
 
 
 def easyspec(drafter: Path = DRAFTER, **changes: Any) -> dict[str, Any]:
