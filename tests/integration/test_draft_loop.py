@@ -20,6 +20,7 @@ from vllm_easyspec.drafter.plan import LayerPlan
 from vllm_easyspec.graphs import DraftGraph
 from vllm_easyspec.standalone import StandaloneDrafter, run_ranks
 
+pytestmark = pytest.mark.engine
 CASE = next(case for case in CASES if case.name == "mistral_tied")
 K, MAX_REQS, MAX_LEN, BLOCK_SIZE = 3, 3, 96, 32
 PLAN = LayerPlan((1, 2, 1))

@@ -10,6 +10,7 @@ from vllm_easyspec.drafter.plan import SCOPES, LayerPlan
 from vllm_easyspec.standalone import StandaloneDrafter, run_ranks
 from vllm_easyspec.tune.fidelity import FirstStepPass, group_costs
 
+pytestmark = pytest.mark.engine
 DRAFTER = Path(__file__).parents[2] / "examples" / "tiny-pair" / "drafter"
 LAYERS = 10
 TOKENS = torch.randint(3, 500, (24,), generator=torch.Generator().manual_seed(1))

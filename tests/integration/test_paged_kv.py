@@ -16,6 +16,7 @@ from vllm_easyspec.drafter.paged_kv import PagedKV, PagedPass, Sequences
 from vllm_easyspec.drafter.plan import LayerPlan
 from vllm_easyspec.standalone import StandaloneDrafter, run_ranks
 
+pytestmark = pytest.mark.engine
 CASE = CASES[0]
 RANKS = 2
 LAYERS = CASE.config.num_hidden_layers // RANKS  # on each rank

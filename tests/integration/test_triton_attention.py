@@ -14,6 +14,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm_easyspec.drafter.plan import LayerPlan
 from vllm_easyspec.standalone import StandaloneDrafter, run_ranks
 
+pytestmark = pytest.mark.engine
 CHOSEN = {case.name: case for case in CASES if case.name in ("llama3_rope", "mistral_window")}
 PROMPTS = [[7, 3, 91, 15, 2, 88, 64] * 5, [4, 4, 9], [21, 55] * 20]  # on both sides of a block's end
 NEXT = [[17], [30], [66]]
