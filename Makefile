@@ -51,7 +51,7 @@ tune: $(INSTALLED)
 # The quick loop: make test ARGS="-m 'not engine'"
 WORKERS ?= $(if $(filter cpu,$(TARGET)),2,0)
 test: $(INSTALLED)
-	$(BIN)/pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) $(ARGS)
 
 # The CPU figures, on two cores that do nothing else; about 25 minutes.
 RESULTS := benchmarks/results
