@@ -4,6 +4,7 @@
 # TORCH_INDEX  PyTorch's CPU wheel index, for a CPU host whose pip does not know one
 # PYTHON       the Python that .venv is made of, 3.11 or newer; python3.11 where it exists, as the tests run on it
 # ARGS         more arguments for pytest, the demo, tune or gpu-check
+# WORKERS      tests at once; by itself 2, and on CUDA 0, which is one after the other: engines share the GPU
 # RANKS, TUNED, TUNE_JSON    of make tune: ranks, and where its two results go
 
 TARGET ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
@@ -14,6 +15,10 @@ PYTHON ?= $(shell for python in python3.11 python3; do \
 BIN := .venv/bin
 INSTALLED := .venv/.installed-$(TARGET)
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
+
+# Some containers set it. Nothing is compiled at installation either, so that each process would compile all of vLLM that
+# it imports anew: 31 seconds of a core in place of 12, in two to four processes an engine.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install demo tune test bench gpu-check lint lint-cuda format clean
 
@@ -43,8 +48,10 @@ tune: $(INSTALLED)
 		--json $(TUNE_JSON) --tensor-parallel-size $(RANKS) --batch-sizes 1,4,8 $(ARGS) \
 		-- --dtype float32 --max-model-len 1024 --kv-cache-memory-bytes 256M --enforce-eager
 
+# The quick loop: make test ARGS="-m 'not engine'"
+WORKERS ?= $(if $(filter cpu,$(TARGET)),2,0)
 test: $(INSTALLED)
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) $(ARGS)
 
 # The CPU figures, on two cores that do nothing else; about 25 minutes.
 RESULTS := benchmarks/results

@@ -26,6 +26,14 @@ SOURCES = (
     "for key, value in ",
 )
 
+REQUESTS = {  # more of what a request can ask for
+    "penalties": dict(repetition_penalty=1.3, frequency_penalty=0.4, presence_penalty=0.2),
+    "bad-words": dict(bad_words=["list", "self"]),
+    "stop": dict(stop=[" of", "):"]),
+    "min-tokens": dict(ignore_eos=False, min_tokens=30, stop_token_ids=[200, 222]),
+    "logprobs": dict(logprobs=3, prompt_logprobs=2),
+}
+
 
 def mixed_prompts() -> list[str]:
     """16 prompts from a few tokens to a few hundred."""
@@ -38,6 +46,25 @@ def greedy(max_tokens: int, **changes: Any) -> SamplingParams:
 
 def token_ids(llm: LLM, prompts: list[str], params: Any) -> list[list[int]]:
     return [list(out.outputs[0].token_ids) for out in llm.generate(prompts, params, use_tqdm=False)]
+
+
+def prompts_near_the_end(llm: LLM) -> list[dict]:
+    """Prompts that leave from 1 to 16 tokens before the engine's longest sequence."""
+    ids = [token for prompt in mixed_prompts() for token in llm.get_tokenizer()(prompt)["input_ids"]]
+    longest = llm.llm_engine.vllm_config.model_config.max_model_len
+    return [{"prompt_token_ids": ids[: longest - room]} for room in (1, 2, 3, 5, 7, 16)]
+
+
+def answers(llm: LLM, changes: dict) -> list[tuple]:
+    """Token ids, text, reason of the end, and the log-probabilities where asked for."""
+    outs = llm.generate(mixed_prompts(), greedy(40, **changes), use_tqdm=False)
+    found = []
+    for out in outs:
+        best = out.outputs[0]
+        steps = (best.logprobs or []) + [step for step in out.prompt_logprobs or [] if step]
+        values = [(token, round(entry.logprob, 3)) for step in steps for token, entry in sorted(step.items())]
+        found.append((list(best.token_ids), best.text, best.finish_reason, values))
+    return found
 
 
 @contextmanager
@@ -59,8 +86,8 @@ def engine(model: Path = TARGET, **arguments: Any) -> Iterator[LLM]:
     try:
         yield llm
     finally:
-        # The engine's process never ends by itself within vLLM's five seconds, and is killed then.
-        llm.llm_engine.engine_core.shutdown(timeout=1.0)
+        # Its processes never end by themselves within vLLM's five seconds, and are killed then. They hold nothing.
+        llm.llm_engine.engine_core.shutdown(timeout=0.1)
 
 
 def easyspec(drafter: Path = DRAFTER, **changes: Any) -> dict[str, Any]:

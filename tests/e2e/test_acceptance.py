@@ -10,7 +10,7 @@ LAYERS = 6  # of the tiny pair's target
 @pytest.fixture(scope="module")
 def llm():
     config = easyspec(TARGET, num_speculative_tokens=5, layer_parallel={"group_sizes": [1] * LAYERS})
-    with engine(speculative_config=config, tensor_parallel_size=2) as llm:
+    with engine(speculative_config=config) as llm:
         yield llm
 
 

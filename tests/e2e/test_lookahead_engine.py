@@ -9,10 +9,8 @@ PLANS = {"1-4-4-1": [1, 4, 4, 1], "1-8-1": [1, 8, 1], "1-3-1-3-1-1": [1, 3, 1, 3
 
 
 @pytest.fixture(scope="module")
-def expected() -> list[list[int]]:
-    """The target alone, without speculation."""
-    with engine() as llm:
-        return token_ids(llm, mixed_prompts(), greedy(60))
+def expected(target_alone) -> list[list[int]]:
+    return target_alone[60]
 
 
 @pytest.fixture(scope="module")

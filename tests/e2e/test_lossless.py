@@ -3,6 +3,8 @@
 import pytest
 from engines import (
     AUDIT_LIMIT,
+    REQUESTS,
+    answers,
     audit,
     audited,
     configure,
@@ -11,6 +13,7 @@ from engines import (
     greedy,
     metric,
     mixed_prompts,
+    prompts_near_the_end,
     stats,
     token_ids,
 )
@@ -26,49 +29,10 @@ PLANS = {
     "4-4-2": [4, 4, 2],
     "all": [LAYERS],
 }
-REQUESTS = {  # more of what a request can ask for
-    "penalties": dict(repetition_penalty=1.3, frequency_penalty=0.4, presence_penalty=0.2),
-    "bad-words": dict(bad_words=["list", "self"]),
-    "stop": dict(stop=[" of", "):"]),
-    "min-tokens": dict(ignore_eos=False, min_tokens=30, stop_token_ids=[200, 222]),
-    "logprobs": dict(logprobs=3, prompt_logprobs=2),
-}
-
-
-@pytest.fixture(scope="module")
-def expected() -> dict[str, list[list[int]]]:
-    """The target alone, without speculation, on one rank."""
-    with engine() as llm:
-        prompts = mixed_prompts()
-        return {
-            "short": token_ids(llm, prompts, greedy(40)),
-            "long": token_ids(llm, prompts, greedy(180)),
-            "length": token_ids(llm, prompts_near_the_end(llm), greedy(60)),
-            "requests": {name: answers(llm, changes) for name, changes in REQUESTS.items()},
-        }
-
-
-def prompts_near_the_end(llm) -> list[dict]:
-    """Prompts that leave from 1 to 16 tokens before the engine's longest sequence."""
-    ids = [token for prompt in mixed_prompts() for token in llm.get_tokenizer()(prompt)["input_ids"]]
-    longest = llm.llm_engine.vllm_config.model_config.max_model_len
-    return [{"prompt_token_ids": ids[: longest - room]} for room in (1, 2, 3, 5, 7, 16)]
-
-
-def answers(llm, changes: dict) -> list[tuple]:
-    """Token ids, text, reason of the end, and the log-probabilities where asked for."""
-    outs = llm.generate(mixed_prompts(), greedy(40, **changes), use_tqdm=False)
-    found = []
-    for out in outs:
-        best = out.outputs[0]
-        steps = (best.logprobs or []) + [step for step in out.prompt_logprobs or [] if step]
-        values = [(token, round(entry.logprob, 3)) for step in steps for token, entry in sorted(step.items())]
-        found.append((list(best.token_ids), best.text, best.finish_reason, values))
-    return found
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1rank", "2ranks"])
-def llm(request, expected):
+def llm(request, target_alone):
     """K up to 8; chunks of at most 192 tokens; a cache that 16 long requests don't fit in."""
     config = easyspec(layer_parallel={"mlp": "tensor"})
     with engine(speculative_config=config, tensor_parallel_size=request.param) as llm:
@@ -76,9 +40,9 @@ def llm(request, expected):
 
 
 @pytest.mark.parametrize("num_drafts", [8, 1, 2, 3, 4, 5, 6, 7])
-def test_every_k(llm, expected, num_drafts):
+def test_every_k(llm, target_alone, num_drafts):
     configure(llm, scope="attention", group_sizes=PLANS["1-4-4-1"], num_speculative_tokens=num_drafts)
-    assert token_ids(llm, mixed_prompts(), greedy(40)) == expected["short"]
+    assert token_ids(llm, mixed_prompts(), greedy(40)) == target_alone[40]
     drafted = stats(llm)[0]
     assert drafted["verified"] > 0 and drafted["accepted_at"][0] > 0
     assert not any(drafted["accepted_at"][num_drafts:])
@@ -86,46 +50,46 @@ def test_every_k(llm, expected, num_drafts):
 
 @pytest.mark.parametrize("scope", ["attention", "block"])
 @pytest.mark.parametrize("plan", PLANS)
-def test_every_plan(llm, expected, scope, plan):
+def test_every_plan(llm, target_alone, scope, plan):
     configure(llm, scope=scope, group_sizes=PLANS[plan], num_speculative_tokens=5)
-    assert token_ids(llm, mixed_prompts(), greedy(40)) == expected["short"]
+    assert token_ids(llm, mixed_prompts(), greedy(40)) == target_alone[40]
 
 
 @pytest.mark.parametrize("request_kind", REQUESTS)
-def test_every_kind_of_request(llm, expected, request_kind):
+def test_every_kind_of_request(llm, target_alone, request_kind):
     configure(llm, scope="block", group_sizes=PLANS["1-4-4-1"], num_speculative_tokens=5)
-    found, wanted = answers(llm, REQUESTS[request_kind]), expected["requests"][request_kind]
+    found, wanted = answers(llm, REQUESTS[request_kind]), target_alone["requests"][request_kind]
     assert [answer[:3] for answer in found] == [answer[:3] for answer in wanted]
     for answer, original in zip(found, wanted, strict=True):
         assert [token for token, _ in answer[3]] == [token for token, _ in original[3]]
         assert [value for _, value in answer[3]] == pytest.approx([value for _, value in original[3]], abs=2e-3)
 
 
-def test_end_of_the_engines_context(llm, expected):
+def test_end_of_the_engines_context(llm, target_alone):
     """K = 8 drafts reach past the longest sequence."""
     configure(llm, scope="attention", group_sizes=PLANS["1-4-4-1"], num_speculative_tokens=8)
     found = token_ids(llm, prompts_near_the_end(llm), greedy(60))
-    assert found == expected["length"]
+    assert found == target_alone["length"]
     assert [len(ids) for ids in found] == [1, 2, 3, 5, 7, 16]
 
 
-def test_preemption(llm, expected):
+def test_preemption(llm, target_alone):
     configure(llm, scope="block", group_sizes=PLANS["1-4-4-1"], num_speculative_tokens=5)
     before = metric(llm, "vllm:num_preemptions")
-    assert token_ids(llm, mixed_prompts(), greedy(180)) == expected["long"]
+    assert token_ids(llm, mixed_prompts(), greedy(180)) == target_alone[180]
     assert metric(llm, "vllm:num_preemptions") > before
 
 
-def test_prefix_cache_hits(llm, expected):
+def test_prefix_cache_hits(llm, target_alone):
     configure(llm, scope="attention", group_sizes=PLANS["1-4-4-1"], num_speculative_tokens=5)
     llm.reset_prefix_cache()
-    assert token_ids(llm, mixed_prompts(), greedy(40)) == expected["short"]
+    assert token_ids(llm, mixed_prompts(), greedy(40)) == target_alone[40]
     before = metric(llm, "vllm:prefix_cache_hits")
-    assert token_ids(llm, mixed_prompts(), greedy(40)) == expected["short"]
+    assert token_ids(llm, mixed_prompts(), greedy(40)) == target_alone[40]
     assert metric(llm, "vllm:prefix_cache_hits") > before
 
 
-def test_aborts_and_audit(llm, expected):
+def test_aborts_and_audit(llm, target_alone):
     """Half of the requests are aborted in the middle; the others finish as if alone, and the pages stay precise."""
     configure(llm, scope="attention", group_sizes=PLANS["1-4-4-1"], num_speculative_tokens=5)
     core, prompts = llm.llm_engine, mixed_prompts()
@@ -144,7 +108,7 @@ def test_aborts_and_audit(llm, expected):
             core.abort_request([f"r{index}" for index in range(0, 16, 2)])
     assert sorted(done) == sorted(f"r{index}" for index in range(1, 16, 2))
     for name, ids in done.items():
-        assert ids[:40] == expected["short"][int(name[1:])]
+        assert ids[:40] == target_alone[40][int(name[1:])]
     assert len(pages) > 8 and max(request["tokens"] for request in pages) > 32
     assert max(request["largest_difference"] for request in pages) < AUDIT_LIMIT
 
@@ -169,13 +133,13 @@ def test_audit_after_preemption(llm):
     assert metric(llm, "vllm:num_preemptions") > before
 
 
-def test_audit_without_calibration(llm, expected):
+def test_audit_without_calibration(llm, target_alone):
     """The audit can fail: fuzzy K/V that stays is found, on every rank. The output doesn't care."""
     llm.reset_prefix_cache()
     configure(llm, scope="attention", group_sizes=PLANS["1-8-1"], num_speculative_tokens=5, calibration="never")
     try:
         assert max(audited(llm, mixed_prompts())) > 100 * AUDIT_LIMIT
-        assert token_ids(llm, mixed_prompts(), greedy(40)) == expected["short"]
+        assert token_ids(llm, mixed_prompts(), greedy(40)) == target_alone[40]
     finally:
         configure(llm, calibration="every_round")
         llm.reset_prefix_cache()
@@ -200,15 +164,15 @@ def test_counters(llm):
 
 
 @pytest.mark.parametrize("refused", [{"temperature": 0.8, "min_p": 0.1}, {"logit_bias": {5: 1.0}}])
-def test_what_vllm_refuses_with_speculation_leaves_the_engine_alive(llm, expected, refused):
+def test_what_vllm_refuses_with_speculation_leaves_the_engine_alive(llm, target_alone, refused):
     with pytest.raises(VLLMValidationError, match="not yet supported with speculative decoding"):
         llm.generate(mixed_prompts()[:1], greedy(4, **refused), use_tqdm=False)
-    assert token_ids(llm, mixed_prompts()[:2], greedy(40)) == expected["short"][:2]
+    assert token_ids(llm, mixed_prompts()[:2], greedy(40)) == target_alone[40][:2]
 
 
-def test_bad_rpc_leaves_the_engine_alive(llm, expected):
+def test_bad_rpc_leaves_the_engine_alive(llm, target_alone):
     with pytest.raises(Exception, match="num_speculative_tokens=9"):
         configure(llm, num_speculative_tokens=9)
     with pytest.raises(Exception, match="add up to 9"):
         configure(llm, group_sizes=[9])
-    assert token_ids(llm, mixed_prompts()[:2], greedy(40)) == expected["short"][:2]
+    assert token_ids(llm, mixed_prompts()[:2], greedy(40)) == target_alone[40][:2]

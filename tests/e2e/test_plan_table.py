@@ -34,9 +34,8 @@ SWAPPED = [
 
 
 @pytest.fixture(scope="module")
-def expected() -> list[list[int]]:
-    with engine() as llm:
-        return token_ids(llm, mixed_prompts(), greedy(NEW_TOKENS))
+def expected(target_alone) -> list[list[int]]:
+    return target_alone[NEW_TOKENS]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1rank", "2ranks"])

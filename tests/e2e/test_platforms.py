@@ -7,16 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from engines import AUDIT_LIMIT, engine, greedy, mixed_prompts, token_ids
+from engines import AUDIT_LIMIT
 
 pytestmark = pytest.mark.engine
 HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
-def expected():
-    with engine() as llm:
-        return token_ids(llm, mixed_prompts(), greedy(40))
+def expected(target_alone) -> list[list[int]]:
+    return target_alone[40]
 
 
 def run_engine(platform: str, **arguments) -> dict:

@@ -104,7 +104,7 @@ def test_two_configurations_in_turn(tmp_path):
 
 def test_interrupted(tmp_path):
     """Ctrl-C, which reaches all processes of the run, once there is something to choose from."""
-    many = "--batch-sizes 2 --new-tokens 8 --rounds 4 --turns 1000 --prompt-tokens 40 -tp 2 --time-budget 3000".split()
+    many = "--batch-sizes 2 --new-tokens 8 --rounds 4 --turns 1000 --prompt-tokens 40 --time-budget 3000".split()
     arguments = command(tmp_path, *many)
     with open(tmp_path / "stderr", "w+b") as log:
         run = subprocess.Popen(

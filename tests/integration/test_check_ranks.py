@@ -7,6 +7,8 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm_easyspec.rank_check import assert_same_on_ranks
 from vllm_easyspec.ranks import RankError, run_ranks
 
+pytestmark = pytest.mark.engine
+
 
 def compare(difference: int) -> int:
     drafts = torch.tensor([[3, 4], [5, 6 + difference * get_tensor_model_parallel_rank()]])

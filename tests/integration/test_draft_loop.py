@@ -22,6 +22,7 @@ from vllm_easyspec.graphs import DraftGraph
 from vllm_easyspec.ranks import run_ranks
 from vllm_easyspec.settings import DraftSettings
 
+pytestmark = pytest.mark.engine
 CASE = next(case for case in CASES if case.name == "mistral_tied")
 K, MAX_REQS, MAX_LEN, BLOCK_SIZE = 3, 3, 96, 32
 PLANS = {scope: DraftPlan((1, 2, 1), scope) for scope in ("attention", "block")}

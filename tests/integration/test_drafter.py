@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from vllm_easyspec.ranks import run_ranks
 
+pytestmark = pytest.mark.engine
 TOLERANCE = 1e-4
 RANK_COUNTS = sorted({ranks for case in CASES for ranks in case.ranks})
 

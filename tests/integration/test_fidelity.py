@@ -11,6 +11,7 @@ from vllm_easyspec.engineless import EnginelessDrafter
 from vllm_easyspec.fidelity import FirstStepPass, group_costs
 from vllm_easyspec.ranks import run_ranks
 
+pytestmark = pytest.mark.engine
 DRAFTER = Path(__file__).parents[2] / "examples" / "tiny-pair" / "drafter"
 LAYERS = 10
 TOKENS = torch.randint(3, 500, (24,), generator=torch.Generator().manual_seed(1))

@@ -41,6 +41,7 @@ def fitted(text, tmp_path_factory):
     return reports
 
 
+@pytest.mark.engine
 def test_the_file_serves_its_plans_and_says_how_it_was_made(fitted):
     path, report = fitted[1]
     file = LookaheadFile.read(str(path))
@@ -55,12 +56,14 @@ def test_the_file_serves_its_plans_and_says_how_it_was_made(fitted):
     }
 
 
+@pytest.mark.engine
 def test_maps_win_own_rate(fitted):
     """On sequences that the fit left out; block scope loses more, so that few tokens are enough."""
     block = next(row for row in fitted[1][1]["own_rate"] if row["scope"] == "block")
     assert 0.2 < block["without"] < block["with"] < 1
 
 
+@pytest.mark.engine
 def test_two_ranks_find_what_one_finds(fitted):
     (one, report), (two, other) = fitted[1], fitted[2]
     assert report["rank"] == other["rank"]
@@ -72,6 +75,7 @@ def test_two_ranks_find_what_one_finds(fitted):
         assert torch.linalg.norm(products[0] - products[1]) < 0.05 * torch.linalg.norm(products[0])
 
 
+@pytest.mark.engine
 def test_a_fit_that_fails_leaves_no_file(text, tmp_path):
     settings = FitSettings(plans=((1, 4, 4, 1),), tokens=BATCH * 64, length=4096, dtype="float32")
     with pytest.raises(RankError, match="4128"):
@@ -79,6 +83,7 @@ def test_a_fit_that_fails_leaves_no_file(text, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.engine
 def test_ctrl_c_leaves_no_file(text, tmp_path):
     """Ctrl-C, which reaches the command and its ranks, in the middle of the text."""
     arguments = ["fit", "--drafter", str(DRAFTER), "--text", *[str(text)] * 40, "-o", "maps.safetensors"]

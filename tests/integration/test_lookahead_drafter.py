@@ -11,6 +11,7 @@ from reference import DenseRequest
 
 from vllm_easyspec.ranks import run_ranks
 
+pytestmark = pytest.mark.engine
 TOLERANCE = 2e-4
 CASE = next(case for case in CASES if case.name == "llama3_rope")
 LAYERS, HIDDEN = CASE.config.num_hidden_layers, CASE.config.hidden_size

@@ -17,6 +17,7 @@ from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.engineless import EnginelessDrafter
 from vllm_easyspec.ranks import run_ranks
 
+pytestmark = pytest.mark.engine
 CASE = CASES[0]
 RANKS = 2
 LAYERS = CASE.config.num_hidden_layers // RANKS  # on each rank

@@ -12,6 +12,8 @@ from vllm.distributed import get_tensor_model_parallel_rank, tensor_model_parall
 
 from vllm_easyspec.ranks import RankError, run_ranks
 
+pytestmark = pytest.mark.engine
+
 
 def fail_on_rank_one() -> None:
     """Rank 0 meanwhile waits for rank 1 in a collective, which it would do for ever."""

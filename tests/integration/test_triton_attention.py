@@ -15,6 +15,7 @@ from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.engineless import EnginelessDrafter
 from vllm_easyspec.ranks import run_ranks
 
+pytestmark = pytest.mark.engine
 CHOSEN = {case.name: case for case in CASES if case.name in ("llama3_rope", "mistral_window")}
 PROMPTS = [[7, 3, 91, 15, 2, 88, 64] * 5, [4, 4, 9], [21, 55] * 20]  # on both sides of a block's end
 NEXT = [[17], [30], [66]]

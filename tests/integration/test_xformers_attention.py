@@ -109,6 +109,7 @@ def observe(folder: str) -> dict[str, list[np.ndarray]]:
 
 
 @needs_xformers
+@pytest.mark.engine
 def test_the_drafter_on_xformers_gives_what_cpu_attention_gives(tmp_path):
     make_checkpoint(CASE, tmp_path)
     (seen,) = run_ranks(1, observe, str(tmp_path))

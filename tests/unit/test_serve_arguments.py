@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_models import TARGET, easyspec
 
+pytestmark = pytest.mark.engine
 BAD = {
     "broken YAML": ("method: easyspec\nmodel: [\n", "is not valid YAML: line 3, column 1"),
     "unknown key": (
