@@ -38,9 +38,12 @@ class _Recorder(TorchDispatchMode):
         fresh = [(i, leaf) for i, leaf in enumerate(_tensors(out)) if leaf.untyped_storage().data_ptr() not in held]
 
         def step() -> None:
-            again = _tensors(operator(*args, **kwargs))
+            again = operator(*args, **kwargs)
+            for work in tree_leaves(again):
+                if isinstance(work, torch.ScriptObject):  # of a collective by gloo, on CPUs without AVX-512
+                    work.wait()
             for index, tensor in fresh:
-                tensor.copy_(again[index])
+                tensor.copy_(_tensors(again)[index])
 
         self.graph.steps.append(step)
         return out
