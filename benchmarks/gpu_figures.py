@@ -27,7 +27,7 @@ import torch
 
 from vllm_easyspec.bench.report import surroundings, write, write_text
 from vllm_easyspec.bench.step_clock import StepClock
-from vllm_easyspec.drafter.plan import LayerPlan
+from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.metrics import StageClock
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,7 +102,7 @@ class Probe(StepClock):
         """What one step of easyspec's drafter reads: its weights but for unused rows of the embedding, and the K/V."""
         from vllm_easyspec.bench.draft_step import bytes_a_step
 
-        return bytes_a_step(self.model_runner.speculator, batch, context)
+        return bytes_a_step(self.model_runner.speculator.model, batch, context)
 
 
 def short_name(name: str) -> str:
@@ -167,7 +167,7 @@ def generate(llm: Any, batch: int, prompt_tokens: int, new_tokens: int) -> float
 
 
 def plans(layers: int) -> dict[str, dict]:
-    grouped = list(LayerPlan.grouped(layers, 4, 1, 1).group_sizes)
+    grouped = list(DraftPlan.grouped(layers, 4, 1, 1).group_sizes)
     return {
         "precise": dict(scope="attention", group_sizes=[1] * layers),
         "attention": dict(scope="attention", group_sizes=grouped),

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT / "tests" / "e2e"))
 
 from engines import AUDIT_LIMIT, audited, configure, easyspec, engine, greedy, mixed_prompts, stats  # noqa: E402
 
-from vllm_easyspec.bench.processes import alone  # noqa: E402
+from vllm_easyspec.bench.processes import in_new_process  # noqa: E402
 from vllm_easyspec.bench.report import surroundings, write  # noqa: E402
 from vllm_easyspec.drafter.xformers_attention import why_unusable  # noqa: E402
 
@@ -100,7 +100,7 @@ def use(llm: Any, scope: str, sizes: list[int]) -> None:
 def check_identity(
     device: str, dtype: str, graphs: bool, xformers: bool, save: Callable[[list[dict]], None]
 ) -> list[dict]:
-    expected, measured_noise = alone(target_alone, device, dtype, graphs)
+    expected, measured_noise = in_new_process(target_alone, device, dtype, graphs)
     allowed = 0.0 if dtype == "float32" else 2 * measured_noise
     shared = arguments(device, dtype, graphs)
     more = {"grouped_attention": "xformers"} if xformers else {}

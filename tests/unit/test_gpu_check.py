@@ -19,7 +19,7 @@ import gpu_checks  # noqa: E402
 import gpu_figures  # noqa: E402
 from gpu_check import Part  # noqa: E402
 
-from vllm_easyspec.bench.processes import alone  # noqa: E402
+from vllm_easyspec.bench.processes import in_new_process  # noqa: E402
 
 
 def python(name: str, code: str, **changes) -> Part:
@@ -368,6 +368,6 @@ def test_problems():
 
 
 def test_an_engine_alone_has_its_own_process_and_its_errors_come_back():
-    assert alone(os.getpid) != os.getpid()
+    assert in_new_process(os.getpid) != os.getpid()
     with pytest.raises(ZeroDivisionError):
-        alone(divmod, 1, 0)
+        in_new_process(divmod, 1, 0)

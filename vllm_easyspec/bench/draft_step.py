@@ -15,6 +15,7 @@ from vllm.distributed import get_tp_group
 from vllm.platforms import current_platform
 
 from vllm_easyspec.config import LayerParallelConfig, RuntimeOptions
+from vllm_easyspec.drafter.model import LayerParallelDrafter
 from vllm_easyspec.drafter.plan import SCOPES, DraftPlan
 from vllm_easyspec.engineless import EnginelessDrafter
 from vllm_easyspec.graphs import DraftGraph
@@ -90,7 +91,7 @@ def _measure_rank(
     for batch in batches:
         for context in contexts:
             times = _interleaved(drafter, [drafter.precise, *chosen], batch, context, repetitions)
-            moved = bytes_a_step(drafter, batch, context)
+            moved = bytes_a_step(drafter.model, batch, context)
             for plan in chosen:
                 rows.append(
                     plan_json(plan)
@@ -135,9 +136,8 @@ def _interleaved(
     return {plan: median(seconds) / (NUM_DRAFTS - 1) for plan, seconds in times.items()}
 
 
-def bytes_a_step(drafter: EnginelessDrafter, batch: int, context: int) -> int:
+def bytes_a_step(model: LayerParallelDrafter, batch: int, context: int) -> int:
     """What a rank must read from memory in a step: its weights but for the embedding's unused rows, and the K/V."""
-    model = drafter.model
     embedding = model.embed_tokens.weight
     unused = 0 if model.shape.tied_embeddings else embedding.nbytes
     a_token = 2 * model.shape.kv_size * embedding.element_size() * len(model.local_layers)

@@ -10,6 +10,3 @@ def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call `function(*arguments)`, importable by name, in a new process. Its exceptions are raised here."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
-
-
-alone = in_new_process  # the earlier name, which tools/ and benchmarks/gpu_figures.py import

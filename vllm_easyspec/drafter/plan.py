@@ -90,10 +90,6 @@ class DraftPlan:
         return plan
 
 
-# benchmarks/gpu_figures.py imports the earlier name.
-LayerPlan = DraftPlan
-
-
 def parse_grouping(text: str) -> tuple[int, ...]:
     """The group sizes of a plan as a user writes it, such as `1-4-4-1`. Raises ValueError for any other text."""
     parts = text.split("-")
