@@ -277,6 +277,14 @@ def test_unknown_parts_are_one_line(monkeypatch, tmp_path, capsys):
     assert "--only godo: allowed are good" in capsys.readouterr().err
 
 
+def test_two_commands_run_every_part_once(monkeypatch, tmp_path):
+    names = [part.name for part in gpu_check.parts("cuda")]
+    assert set(gpu_check.FIRST) < set(names)
+    parts = [python(name, "pass") for name in ("build", "xformers", "engine-easyspec")]
+    ran = [set(check(monkeypatch, tmp_path / each, parts, "--set", each)[1]) for each in ("first", "rest")]
+    assert ran == [{"build", "engine-easyspec"}, {"xformers"}]
+
+
 def test_tokens_a_second_are_compared_batch_by_batch(capsys):
     rates = {"none": 100.0, "draft_model": 150.0, "block": 300.0}
     rows = [{"arm": arm, "batch": 1, "tokens_a_second": rate} for arm, rate in rates.items()]
