@@ -21,6 +21,7 @@ from vllm_easyspec.metrics import DraftStatistics
 from vllm_easyspec.rank_check import assert_same_on_ranks
 from vllm_easyspec.runtime import DrafterRuntime, build_runtime, draft_vllm_config, load_drafter, virtual_batch_config
 from vllm_easyspec.settings import DraftSettings, LiveSettings, scheduled_num_drafts
+from vllm_easyspec.watch import AcceptanceWatch
 
 # Drafted where the drafter can't draft (its context is full, or K was lowered at run time): any valid id will do, the
 # target tests it like every draft.
@@ -49,6 +50,7 @@ class EasySpecSpeculator(DraftModelSpeculator):
         self.settings = LiveSettings(configured, self.lookahead_file)
         self.scheduled_num_drafts = scheduled_num_drafts(vllm_config)
         self.statistics = DraftStatistics(device, self.num_speculative_steps)
+        self.watch = AcceptanceWatch(device) if vllm_config.parallel_config.rank == 0 else None
         self.current_step = torch.zeros((), dtype=torch.int64, device=device)
         self.filler_logits: torch.Tensor | None = None  # all probability on the filler
         if self.draft_logits is not None:
@@ -160,6 +162,8 @@ class EasySpecSpeculator(DraftModelSpeculator):
         tested = np.zeros(batch.num_reqs, dtype=bool) if drafts is None else drafts[: batch.num_reqs] > 0
         self.statistics.count_round(batch, tested, self._is_paused(batch))
         self.statistics.rounds_by_plan[batch.num_drafts, self.settings.current.plans.at(batch.num_reqs)] += 1
+        if self.watch is not None:
+            self.watch.after_round(self.statistics.stood)
 
     def _check_ranks(self, batch: DraftBatch, drafts: torch.Tensor) -> None:
         """Debug: every rank feeds its own drafts to the target, so ids and logits must agree to the bit."""

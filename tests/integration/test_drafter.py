@@ -31,7 +31,7 @@ def checkpoints(tmp_path_factory) -> tuple[Path, dict[str, PreTrainedModel]]:
 
 @pytest.fixture(scope="module")
 def broken_checkpoints(checkpoints, tmp_path_factory) -> dict[str, Path]:
-    """Copies of one checkpoint, each with one tensor too few or too many."""
+    """Copies of one checkpoint, each with one tensor too few, too many, of another shape or not finite."""
     source, folder = checkpoints[0] / "qwen3", tmp_path_factory.mktemp("broken")
 
     def broken(name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
@@ -47,6 +47,10 @@ def broken_checkpoints(checkpoints, tmp_path_factory) -> dict[str, Path]:
             "unknown", lambda tensors: tensors.update({"model.layers.2.mlp.router.weight": torch.ones(2)})
         ),
         "headless": broken("headless", lambda tensors: tensors.pop("lm_head.weight")),
+        # One number, which would fill a whole norm.
+        "shape": broken("shape", lambda tensors: tensors.update({"model.norm.weight": torch.ones(1)})),
+        "nan": broken("nan", lambda tensors: tensors["model.layers.3.mlp.down_proj.weight"][5, 7].fill_(torch.nan)),
+        "infinity": broken("infinity", lambda tensors: tensors["model.embed_tokens.weight"][2, 0].fill_(torch.inf)),
     }
 
 
@@ -222,8 +226,23 @@ def test_a_layer_has_pages_on_one_rank_only(case, ranks, results_at):
             "the drafter's checkpoint lacks 1 tensors of a Qwen3ForCausalLM, among them ['lm_head.weight']. "
             "Check that all of its files are there",
         ),
+        (
+            "shape",
+            "the drafter's checkpoint holds 'model.norm.weight' of shape [1], but its config.json asks for [48]. "
+            "Check that both are of one model",
+        ),
+        (
+            "nan",
+            "the drafter's checkpoint holds NaN or infinity: in what became w_down[3] on rank 0. Get its files "
+            "anew, or serve without --speculative-config",
+        ),
+        (
+            "infinity",
+            "the drafter's checkpoint holds NaN or infinity: in what became embed_tokens.weight[0] on rank 0. Get its "
+            "files anew, or serve without --speculative-config",
+        ),
     ],
 )
-def test_a_checkpoint_with_a_missing_or_an_unknown_tensor_is_refused(name, message, run_at, broken_checkpoints):
+def test_a_broken_checkpoint_is_refused(name, message, run_at, broken_checkpoints):
     _, errors = run_at(1)[0]
     assert dict(zip(broken_checkpoints, errors, strict=True))[name] == message

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from vllm_easyspec.drafter.architectures import DrafterShape
     from vllm_easyspec.drafter.model import LayerParallelDrafter
 
 Place = Callable[[torch.Tensor], object]
@@ -19,14 +20,21 @@ _IGNORED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cach
 def load_drafter_weights(model: LayerParallelDrafter, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
     """Copy each checkpoint tensor, or this rank's part of it, to its place.
 
-    Returns the names of the parameters filled. Raises ValueError for a tensor without a place, or one that is missing.
+    Returns the names of the parameters filled. Raises ValueError for a tensor without a place, of another shape, with
+    NaN or infinity, or one that is missing.
     """
     places = dict(_places(model))
+    shapes = dict(_shapes(model.shape))
     missing = set(places)
     family = model.shape.architecture
     for full_name, tensor in weights:
         name = full_name.removeprefix("model.")
         if name in places:
+            if tuple(tensor.shape) != shapes[name]:
+                raise ValueError(
+                    f"the drafter's checkpoint holds {full_name!r} of shape {list(tensor.shape)}, but its config.json "
+                    f"asks for {list(shapes[name])}. Check that both are of one model"
+                )
             places[name](tensor)
             missing.discard(name)
         elif not name.endswith(_IGNORED) and not (name == "lm_head.weight" and model.shape.tied_embeddings):
@@ -36,7 +44,48 @@ def load_drafter_weights(model: LayerParallelDrafter, weights: Iterable[tuple[st
             f"the drafter's checkpoint lacks {len(missing)} tensors of a {family}, among them {sorted(missing)[:3]}. "
             "Check that all of its files are there"
         )
+    _check_finite(model)
     return {name for name, _ in model.named_parameters()}
+
+
+def _check_finite(model: LayerParallelDrafter) -> None:
+    """With NaN answers would stay right, but no draft would ever be accepted, and nothing would say why."""
+    for name, parameter in model.named_parameters():
+        stacked = parameter if parameter.dim() == 3 else parameter.unsqueeze(0)  # layer by layer
+        for layer, part in enumerate(stacked):
+            # The sum of finite weights is finite, and takes no memory.
+            if not bool(part.sum(dtype=torch.float32).isfinite()):
+                raise ValueError(
+                    f"the drafter's checkpoint holds NaN or infinity: in what became {name}[{layer}] on rank "
+                    f"{model.rank}. Get its files anew, or serve without --speculative-config"
+                )
+
+
+def _shapes(shape: DrafterShape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The shape of every tensor that the checkpoint may hold, output-major as in the file."""
+    hidden, width, q, kv = shape.hidden_size, shape.intermediate_size, shape.q_size, shape.kv_size
+    yield "embed_tokens.weight", (shape.vocab_size, hidden)
+    yield "lm_head.weight", (shape.vocab_size, hidden)
+    yield "norm.weight", (hidden,)
+    of_layer: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        "self_attn.q_norm.weight": (shape.head_dim,),
+        "self_attn.k_norm.weight": (shape.head_dim,),
+    }
+    for name, outputs, inputs in (
+        ("self_attn.q_proj", q, hidden),
+        ("self_attn.k_proj", kv, hidden),
+        ("self_attn.v_proj", kv, hidden),
+        ("self_attn.o_proj", hidden, q),
+        ("mlp.gate_proj", width, hidden),
+        ("mlp.up_proj", width, hidden),
+        ("mlp.down_proj", hidden, width),
+    ):
+        of_layer |= {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+    for layer in range(shape.num_layers):
+        for name, sizes in of_layer.items():
+            yield f"layers.{layer}.{name}", sizes
 
 
 def _places(model: LayerParallelDrafter) -> Iterator[tuple[str, Place]]:
