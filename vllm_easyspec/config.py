@@ -6,7 +6,6 @@ here imports vLLM: the file is read before an engine exists, and by `vllm-easysp
 
 import difflib
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -14,15 +13,18 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from vllm_easyspec.documents import read_json, read_yaml
 from vllm_easyspec.drafter.plan import DraftPlan, PlanTable, Scope, parse_grouping
+from vllm_easyspec.errors import ConfigError, shown
 
 METHOD = "easyspec"
 OPTIONS_KEY = "easyspec"  # in vLLM's additional_config
 LOOKAHEAD_HASH_KEY = "lookahead_sha256"  # beside the options there
+MOST_ERRORS = 5  # told of one configuration
+MOST_DRAFTS = 256  # far beyond what pays; a typing error should not cost a start of the engine
 
 MlpMode = Literal["auto", "tensor", "replicate"]
 Calibration = Literal["every_round", "never"]
@@ -68,10 +70,6 @@ FIELDS_OF_OTHER_METHODS = {
     "draft_lm_head_quantization": "eagle",
     "xpress_topc": "dflash",
 }
-
-
-class ConfigError(ValueError):
-    """The configuration can't be used as it stands. The message says what to change."""
 
 
 class _Strict(BaseModel):
@@ -320,7 +318,7 @@ class EasySpecConfig(RuntimeOptions):
     method: Literal["easyspec"] = Field(description="'easyspec'")
     model: str = Field(min_length=1, description="the drafter: a folder, or a name on the Hugging Face hub")
     num_speculative_tokens: int = Field(
-        ge=1, description="tokens drafted per round (K): an integer of at least 1, such as 5"
+        ge=1, le=MOST_DRAFTS, description=f"tokens drafted per round (K): an integer from 1 to {MOST_DRAFTS}, such as 5"
     )
 
     # vLLM's own fields, passed through as they are.
@@ -420,7 +418,10 @@ class EasySpecConfig(RuntimeOptions):
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            raise ConfigError(prefix + "; ".join(_explain(part) for part in error.errors())) from None
+            errors = error.errors()
+            explained = [_explain(part) for part in errors[:MOST_ERRORS]]
+            more = [f"and {len(errors) - MOST_ERRORS} more errors"] if len(errors) > MOST_ERRORS else []
+            raise ConfigError(prefix + "; ".join(explained + more)) from None
 
     def draft_model(self) -> dict[str, Any]:
         """The speculative configuration of vLLM's own `draft_model` with this drafter, K and vLLM's fields."""
@@ -471,7 +472,7 @@ def load(value: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(value, Mapping):
         return dict(value)
     if not is_path(value):
-        return _mapping(_parse_json(str(value), "the inline configuration"), "the inline configuration")
+        return _mapping(read_json(str(value), "the inline configuration"), "the inline configuration")
     path = Path(value).expanduser()
     config = _mapping(_parse_file(path), str(path))
     if is_easyspec(config):
@@ -503,31 +504,13 @@ def _parse_file(path: Path) -> Any:
             f"speculative_config={str(path)!r} can't be read: {reason}. Give the path of a YAML or JSON file, inline "
             'JSON such as {"method": "easyspec", ...}, or (in Python) a dict'
         ) from error
-    if path.suffix == ".json":
-        return _parse_json(text, str(path))
-    try:
-        return yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigError(f"{path} is not valid YAML: {place}{error.problem}. Correct it there") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}. Correct it there") from error
-
-
-def _parse_json(text: str, source: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{source} is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}. Correct it there"
-        ) from error
+    return (read_json if path.suffix == ".json" else read_yaml)(text, str(path))
 
 
 def _mapping(config: Any, source: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ConfigError(
-            f"{source} holds {type(config).__name__} {config!r} where a mapping of fields is needed. Write "
+            f"{source} holds {type(config).__name__} {shown(config)} where a mapping of fields is needed. Write "
             "method: easyspec, model: ..., num_speculative_tokens: 5, one per line"
         )
     return config
@@ -555,10 +538,10 @@ def _refuse_known_fields(fields: Mapping[str, Any], prefix: str) -> None:
         if value is None:
             continue
         if name in REFUSED_FIELDS:
-            raise ConfigError(f"{prefix}{name}={value!r} is not allowed with easyspec: {REFUSED_FIELDS[name]}")
+            raise ConfigError(f"{prefix}{name}={shown(value)} is not allowed with easyspec: {REFUSED_FIELDS[name]}")
         if name in FIELDS_OF_OTHER_METHODS:
             raise ConfigError(
-                f"{prefix}{name}={value!r} is not allowed with easyspec: it belongs to vLLM's method "
+                f"{prefix}{name}={shown(value)} is not allowed with easyspec: it belongs to vLLM's method "
                 f"{FIELDS_OF_OTHER_METHODS[name]}. Remove it"
             )
 
@@ -580,9 +563,10 @@ def _explain(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, owner.model_fields, n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
-        return f"unknown key {path!r} with value {error['input']!r}. {hint}Allowed are {', '.join(owner.model_fields)}"
+        allowed = ", ".join(owner.model_fields)
+        return f"unknown key {path!r} with value {shown(error['input'])}. {hint}Allowed are {allowed}"
     description = owner.model_fields[name].description
     if error["type"] == "missing":
         return f"{path} is missing. Add it: {description}"
     message = error["msg"].replace("Tuple", "List").replace("tuple", "list")  # YAML and JSON have lists only
-    return f"{path}={error['input']!r} is not allowed: {message}. Give {description}"
+    return f"{path}={shown(error['input'])} is not allowed: {message}. Give {description}"

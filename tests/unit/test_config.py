@@ -228,7 +228,7 @@ def test_every_field_of_vllm_is_either_passed_through_or_refused_by_name():
 
 
 WRONG = {
-    "K = 0": ({"num_speculative_tokens": 0}, r"^num_speculative_tokens=0 is not allowed: .*at least 1, such as 5$"),
+    "K = 0": ({"num_speculative_tokens": 0}, r"^num_speculative_tokens=0 is not allowed: .*from 1 to 256, such as 5$"),
     "K is text": ({"num_speculative_tokens": "5"}, r"num_speculative_tokens='5'.*valid integer"),
     "K is a truth value": ({"num_speculative_tokens": True}, "num_speculative_tokens=True.*valid integer"),
     "unknown key": (

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
+from vllm_easyspec.errors import cut, shown
+
 Scope = Literal["attention", "block"]
 SCOPES: tuple[Scope, ...] = ("attention", "block")
 
@@ -23,7 +25,7 @@ class DraftPlan:
 
     def __post_init__(self) -> None:
         if not self.group_sizes or min(self.group_sizes) < 1:
-            raise ValueError(f"plan={self.grouping!r} must hold at least one group, each of at least 1 layer")
+            raise ValueError(f"plan={shown(self.grouping)} must hold at least one group, each of at least 1 layer")
         if self.scope not in SCOPES:
             raise ValueError(f"scope={self.scope!r} is not one of {', '.join(SCOPES)}")
         if self.is_precise:
@@ -84,7 +86,7 @@ class DraftPlan:
         plan = cls(tuple(group_sizes), scope)
         if plan.num_layers != num_layers:
             raise ValueError(
-                f"{name}={plan.grouping}: the group sizes add up to {plan.num_layers}, but the drafter has "
+                f"{name}={cut(plan.grouping)}: the group sizes add up to {plan.num_layers}, but the drafter has "
                 f"{num_layers} layers. Make them add up to {num_layers}, or give group_size instead"
             )
         return plan
@@ -93,8 +95,8 @@ class DraftPlan:
 def parse_grouping(text: str) -> tuple[int, ...]:
     """The group sizes of a plan as a user writes it, such as `1-4-4-1`. Raises ValueError for any other text."""
     parts = text.split("-")
-    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-        raise ValueError(f"plan={text!r} is not a plan. Give the sizes of all groups in order, such as 1-4-4-1")
+    if not all(part.isascii() and part.isdigit() and len(part) < 6 and int(part) > 0 for part in parts):
+        raise ValueError(f"plan={shown(text)} is not a plan. Give the sizes of all groups in order, such as 1-4-4-1")
     return tuple(map(int, parts))
 
 

@@ -1,0 +1,94 @@
+"""YAML and JSON of a user's, read into plain data: strictly, in bounded time, with one line for whatever is wrong."""
+
+import json
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+from vllm_easyspec.errors import ConfigError, shown
+
+MOST_BYTES = 1 << 20
+MOST_LEVELS = 32
+
+
+def read_yaml(text: str, source: str) -> Any:
+    """Raises `ConfigError` that names `source`, the place and what is wrong there."""
+    _check_size(text, source)
+    try:
+        return yaml.load(text, _StrictLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ConfigError(f"{source} is not valid YAML: {place}{error.problem}. Correct it there") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: numbers and dates that Python doesn't have
+        raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}. Correct it there") from None
+
+
+def read_json(text: str, source: str) -> Any:
+    """Raises `ConfigError` that names `source`, the place and what is wrong there."""
+    _check_size(text, source)
+    try:
+        return json.loads(text, object_pairs_hook=_without_repetition, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        reason = f"line {error.lineno}, column {error.colno}: {error.msg}"
+    except RecursionError:
+        reason = f"it is nested more than {MOST_LEVELS} levels deep"
+    except ValueError as error:
+        reason = str(error)
+    raise ConfigError(f"{source} is not valid JSON: {reason}. Correct it there") from None
+
+
+def _check_size(text: str, source: str) -> None:
+    if len(text) > MOST_BYTES:
+        raise ConfigError(
+            f"{source} holds {len(text):,} characters where a configuration has at most {MOST_BYTES:,}. Give the "
+            "configuration's file"
+        )
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's plain data, without what makes it ambiguous or endless: repeated keys, aliases, deep nesting."""
+
+    levels = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            self._refuse(f"the alias *{event.anchor}; write the value out", event)
+        if self.levels == MOST_LEVELS:
+            self._refuse(f"nested more than {MOST_LEVELS} levels deep", event)
+        self.levels += 1
+        node = super().compose_node(parent, index)
+        self.levels -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                continue
+            name = self.construct_object(key, deep=True)
+            if not isinstance(name, Hashable):
+                continue  # PyYAML refuses it below
+            if name in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {shown(name)} is given twice", problem_mark=key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+    @staticmethod
+    def _refuse(what: str, event: Any) -> None:
+        raise yaml.MarkedYAMLError(problem=what, problem_mark=event.start_mark)
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {shown(repeated)} is given twice")
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON's")
