@@ -23,7 +23,9 @@ IMPORTED_EVERYWHERE = {
     "vllm_easyspec.support",
     "vllm_easyspec.config",
     "vllm_easyspec.drafter",
+    "vllm_easyspec.documents",
     "vllm_easyspec.drafter.plan",
+    "vllm_easyspec.errors",
     "vllm_easyspec.drafter.architectures",
 }
 PATCHED = ("add_cli_args", "create_engine_config", "create_speculative_config")
