@@ -1,4 +1,5 @@
-# make install | demo | tune | test | bench | gpu-check | lint | format | clean. Each does the set-up first where missing.
+# make install | demo | tune | test | bench | gpu-check | gpu-rehearsal | lint | format | clean. Each does the set-up
+# first where missing.
 #
 # TARGET       cuda or cpu; by itself cuda where nvidia-smi lists a GPU
 # TORCH_INDEX  PyTorch's CPU wheel index, for a CPU host whose pip does not know one
@@ -20,7 +21,7 @@ NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 # it imports anew: 31 seconds of a core in place of 12, in two to four processes an engine.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo tune test bench gpu-check lint lint-cuda format clean
+.PHONY: install demo tune test bench gpu-check gpu-rehearsal lint lint-cuda format clean
 
 install: $(INSTALLED)
 
@@ -75,6 +76,10 @@ bench: $(INSTALLED)
 
 gpu-check: $(INSTALLED)
 	$(BIN)/python tools/gpu_check.py $(ARGS)
+
+# The CUDA path on stub libraries, without a GPU: 5 GB of packages, then a minute or two a part.
+gpu-rehearsal:
+	$(or $(PYTHON),python3) tools/gpu-rehearsal/rehearse.py $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
