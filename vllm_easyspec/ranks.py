@@ -25,6 +25,8 @@ from vllm.platforms import current_platform
 from vllm_easyspec.compat import cpu_lists, usable_cpus
 from vllm_easyspec.errors import CommandError
 
+LAST_WORDS_S = 1.0  # how long the other ranks are heard once one has failed
+
 
 class RankError(CommandError):
     """A rank failed, died or ran out of time. The message names the rank and holds its traceback."""
@@ -69,23 +71,35 @@ def run_ranks(num_ranks: int, function: Callable, *args: Any, timeout_s: float =
 
 
 def _collect(results: list[Connection], deadline: float, timeout_s: float) -> list[Any]:
-    """Every rank's result; raises `RankError` for the first rank that sends a traceback or nothing."""
+    """Every rank's result; raises `RankError` for the first rank that failed or died.
+
+    The others then fail too, at a collective that has lost it, and may be heard first: so each tells when it failed.
+    """
     done: dict[int, Any] = {}
-    while len(done) < len(results):
-        waiting = [rank for rank in range(len(results)) if rank not in done]
+    failed: dict[int, tuple[float, str]] = {}
+    while waiting := [rank for rank in range(len(results)) if rank not in done and rank not in failed]:
         ready = wait([results[rank] for rank in waiting], max(0.0, deadline - time.monotonic()))
         if not ready:
-            raise RankError(f"ranks {waiting} of {len(results)} did not finish within {timeout_s:g} seconds")
+            break
         for rank in waiting:
             if results[rank] not in ready:
                 continue
             try:
-                succeeded, value = pickle.loads(results[rank].recv_bytes())
+                succeeded, value, at = pickle.loads(results[rank].recv_bytes())
             except EOFError:
-                raise RankError(f"rank {rank} of {len(results)} died before it returned a result") from None
-            if not succeeded:
-                raise RankError(f"rank {rank} of {len(results)} failed:\n{value}")
-            done[rank] = value
+                failed[rank] = 0.0, "died before it returned a result"  # what others say is of its death
+                continue
+            if succeeded:
+                done[rank] = value
+            else:
+                failed[rank] = at, f"failed:\n{value}"
+        if failed:
+            deadline = min(deadline, time.monotonic() + LAST_WORDS_S)
+    if failed:
+        first = min(failed, key=lambda rank: failed[rank])
+        raise RankError(f"rank {first} of {len(results)} {failed[first][1]}")
+    if waiting:
+        raise RankError(f"ranks {waiting} of {len(results)} did not finish within {timeout_s:g} seconds")
     return [done[rank] for rank in range(len(results))]
 
 
@@ -102,9 +116,9 @@ def _rank_main(
         with _tensor_parallel(rank, group):
             gc.freeze()  # loading a model collects garbage; what has been imported is none
             # Pickled here, tensors are copied; a pipe of torch's would share memory that dies with this process.
-            message = pickle.dumps((True, function(*args)))
+            message = pickle.dumps((True, function(*args), time.time()))
     except BaseException as error:
-        sender.send_bytes(pickle.dumps((False, traceback.format_exc())))
+        sender.send_bytes(pickle.dumps((False, traceback.format_exc(), time.time())))
         raise SystemExit(1) from error
     sender.send_bytes(message)
 
