@@ -21,7 +21,7 @@ NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 # it imports anew: 31 seconds of a core in place of 12, in two to four processes an engine.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo tune test bench gpu-check gpu-rehearsal lint lint-cuda format clean
+.PHONY: install demo tune test bench gpu-check gpu-rehearsal lint lint-python lint-cuda format clean
 
 install: $(INSTALLED)
 
@@ -81,18 +81,31 @@ gpu-check: $(INSTALLED)
 gpu-rehearsal:
 	$(or $(PYTHON),python3) tools/gpu-rehearsal/rehearse.py $(ARGS)
 
-lint: $(INSTALLED)
+lint: lint-python
+	$(if $(shell command -v nvcc),$(MAKE) lint-cuda,@echo "lint: no nvcc, CUDA sources not compiled")
+
+lint-python: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
-	$(if $(shell command -v nvcc),$(MAKE) lint-cuda,@echo "lint: no nvcc, CUDA kernels not compiled")
 
-# The kernels include nothing of torch's, so nvcc alone compiles them, GPU or not.
-lint-cuda:
+# All of csrc/ as CUDA, GPU or not: the kernels by themselves, and the glue with the headers of the oldest torch that
+# setup.py claims to serve and of the one installed. The oldest's come out of its wheel, into a cache.
+OLDEST_TORCH := 2.11.0
+TORCH_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/vllm-easyspec/torch-$(OLDEST_TORCH)
+CUDA_FLAGS := -std=c++20 -DEASYSPEC_CUDA -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020b000000000000
+lint-cuda: $(INSTALLED) $(TORCH_CACHE)/torch/include
 	for source in csrc/*.cu; do \
 		nvcc -std=c++20 -Werror all-warnings -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 \
 			-c $$source -o /dev/null || exit 1; done
+	for torch in $(TORCH_CACHE)/torch $$($(BIN)/python -c "import torch; print(*torch.__path__)"); do \
+		nvcc $(CUDA_FLAGS) -I$$torch/include -c csrc/bindings.cpp -o /dev/null || exit 1; done
+
+$(TORCH_CACHE)/torch/include: | $(BIN)/pip
+	mkdir -p $(TORCH_CACHE)
+	$(BIN)/pip download -q --no-deps --only-binary=:all: -d $(TORCH_CACHE) torch==$(OLDEST_TORCH)
+	cd $(TORCH_CACHE) && unzip -qo torch-*.whl 'torch/include/*' && rm torch-*.whl
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
