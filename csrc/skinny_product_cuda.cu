@@ -10,9 +10,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kColumns = 64;    // of a tile: 128 bytes of a row, which the memory serves at once
-constexpr int kRows = 16;       // of a slice, which a warp multiplies at once
-constexpr int kStages = 4;      // slices of a warp whose weights are on their way
+constexpr int kColumns = 64;  // of a tile: 128 bytes of a row, which the memory serves at once
+constexpr int kRows = 16;     // of a slice, which a warp multiplies at once
+constexpr int kStages = 4;    // slices of a warp whose weights are on their way
 constexpr int kSliceBytes = kRows * kColumns * 2;
 constexpr int kRing = kWarps * kStages * kSliceBytes;
 constexpr int kMostBlocks = 8;  // of a cluster, which share a tile's rows: the portable limit
@@ -21,8 +21,8 @@ constexpr int kMostBlocks = 8;  // of a cluster, which share a tile's rows: the 
 template <int kTokenTiles>
 constexpr int kChunk = 2048 / kTokenTiles;
 
-// Where a block's dynamic shared memory holds what, in bytes from its start: first the slices on their way, and when all
-// have come the sums of the warps [kWarps, tokens, kColumns].
+// Where a block's dynamic shared memory holds what, in bytes from its start: first the slices on their way, and when
+// all have come the sums of the warps [kWarps, tokens, kColumns].
 struct Layout {
   int pitch;      // numbers from a token's inputs to the next token's
   int inputs;     // [tokens, pitch] bfloat16
@@ -71,7 +71,8 @@ __device__ __forceinline__ void wait_for_oldest_copies() {
 #endif
 }
 
-// Weights [16 rows, 16 columns] of a slice as a fragment [16 columns, 16 rows]; each lane gives the address of 8 numbers.
+// Weights [16 rows, 16 columns] of a slice as a fragment [16 columns, 16 rows]; each lane gives the address of 8
+// numbers.
 __device__ __forceinline__ void load_turned(uint32_t (&fragment)[4], uint32_t address) {
 #if __CUDA_ARCH__ >= 750
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -103,10 +104,10 @@ __device__ __forceinline__ float high_of(uint32_t word) { return __uint_as_float
 
 // A tile of columns of one layer, its rows shared by the blocks of a cluster, a block's by its warps, slice by slice.
 //
-// Each warp has a ring of slices in shared memory that it alone writes and reads. Of a slice's row the eighth part p lies
-// at place p ^ (row % 8), so that eight rows of one part lie in different banks. Warps need one another only for the
-// inputs and the sums. The norm's factor is one number a token, so it multiplies the sums; each block adds up the squares
-// of its own rows.
+// Each warp has a ring of slices in shared memory that it alone writes and reads. Of a slice's row the eighth part p
+// lies at place p ^ (row % 8), so that eight rows of one part lie in different banks. Warps need one another only for
+// the inputs and the sums. The norm's factor is one number a token, so it multiplies the sums; each block adds up the
+// squares of its own rows.
 template <int kTokenTiles, bool kGated>
 __global__ void __launch_bounds__(kThreads, 3 - (kTokenTiles > 1)) skinny_product_kernel(SkinnyProduct a, Shares s) {
   extern __shared__ __align__(128) char shared[];
