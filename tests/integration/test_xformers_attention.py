@@ -1,5 +1,6 @@
 """xformers' paged attention against plain attention, and as the drafter's backend, in Triton's interpreter."""
 
+import importlib.metadata
 import math
 import os
 
@@ -146,15 +147,15 @@ def test_pages_in_another_order_are_refused():
 
 def test_a_missing_package_is_one_clear_error(monkeypatch):
     def version(name):
-        raise xformers_attention.importlib.metadata.PackageNotFoundError(name)
+        raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(xformers_attention.importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.metadata, "version", version)
     with pytest.raises(ConfigError, match=r"'xformers' can't be used: the package xformers is not installed. Run pip"):
         xformers_attention.choose(None, "xformers")
 
 
 def test_a_triton_without_block_pointers_is_one_clear_error(monkeypatch):
-    monkeypatch.setattr(xformers_attention.importlib.metadata, "version", lambda name: "0.0.35")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.35")
     monkeypatch.setattr("triton.__version__", "3.9.0")
     with pytest.raises(ConfigError, match="which Triton 3.9.0 no longer has. Install triton<3.9, or write"):
         xformers_attention.choose(None, "xformers")
