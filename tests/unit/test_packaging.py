@@ -146,3 +146,12 @@ def test_no_file_names(pattern):
     command = ["git", "grep", "--untracked", "-nIE", pattern]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (found.returncode, found.stdout) == (1, "")
+
+
+def test_links_stay_inside():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(["git", "ls-files", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    links = [line.split("\t", 1)[1] for line in listed.splitlines() if line.startswith("120000 ")]
+    outside = [link for link in links if not (ROOT / link).resolve().is_relative_to(ROOT)]
+    assert not outside, "symbolic links that mean something on one machine only"
