@@ -90,22 +90,9 @@ lint-python: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
-# All of csrc/ as CUDA, GPU or not: the kernels by themselves, and the glue with the headers of the oldest torch that
-# setup.py claims to serve and of the one installed. The oldest's come out of its wheel, into a cache.
-OLDEST_TORCH := 2.11.0
-TORCH_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/vllm-easyspec/torch-$(OLDEST_TORCH)
-CUDA_FLAGS := -std=c++20 -DEASYSPEC_CUDA -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020b000000000000
-lint-cuda: $(INSTALLED) $(TORCH_CACHE)/torch/include
-	for source in csrc/*.cu; do \
-		nvcc -std=c++20 -Werror all-warnings -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 \
-			-c $$source -o /dev/null || exit 1; done
-	for torch in $(TORCH_CACHE)/torch $$($(BIN)/python -c "import torch; print(*torch.__path__)"); do \
-		nvcc $(CUDA_FLAGS) -I$$torch/include -c csrc/bindings.cpp -o /dev/null || exit 1; done
-
-$(TORCH_CACHE)/torch/include: | $(BIN)/pip
-	mkdir -p $(TORCH_CACHE)
-	$(BIN)/pip download -q --no-deps --only-binary=:all: -d $(TORCH_CACHE) torch==$(OLDEST_TORCH)
-	cd $(TORCH_CACHE) && unzip -qo torch-*.whl 'torch/include/*' && rm torch-*.whl
+# LINT_OLDEST_TORCH=required: fail where the headers of the oldest torch can't be fetched
+lint-cuda: $(INSTALLED)
+	PYTHON=$(BIN)/python tools/lint_cuda.sh
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

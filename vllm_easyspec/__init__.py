@@ -1,3 +1,5 @@
 """Layer-parallel speculative decoding for vLLM: EasySpec (arXiv 2502.02493) as a plugin."""
 
-__version__ = "0.1.0"
+from vllm_easyspec.versions import installed
+
+__version__ = installed("vllm-easyspec")  # pyproject.toml's; "not installed" beside a bare copy of the sources

@@ -122,14 +122,15 @@ def test_make_goal_does_the_setup_first(tmp_path, monkeypatch, goal, program):
     )
 
 
-def test_ci_runs_make_test_in_the_repository(tmp_path):
+@pytest.mark.parametrize(("failing", "code"), [("none", 0), ("lint-python", 3), ("test", 3)])
+def test_ci_runs_lint_then_the_tests_in_the_repository(tmp_path, failing, code):
     record = tmp_path / "record"
     fake_make = tmp_path / "make"
-    fake_make.write_text(f'#!/bin/sh\necho "$PWD" "$@" > {record}\n')
+    fake_make.write_text(f'#!/bin/sh\necho "$PWD" "$@" >> {record}\n[ "$1" != {failing} ] || exit 3\n')
     fake_make.chmod(0o755)
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    subprocess.run([ROOT / ".ci" / "run"], cwd=tmp_path, env=environment, check=True)
-    assert record.read_text() == f"{ROOT} test\n"
+    assert subprocess.run([ROOT / ".ci" / "run"], cwd=tmp_path, env=environment).returncode == code
+    assert record.read_text() == f"{ROOT} lint-python\n{ROOT} test\n"
 
 
 @pytest.mark.parametrize(
