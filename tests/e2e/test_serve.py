@@ -363,4 +363,4 @@ def test_configuration_error_ends_the_command(tmp_path):
     message = str(caught.value)
     assert "ended with code 2" in message
     last = message.strip().splitlines()[-1]
-    assert str(config) in last and "num_speculative_tokens=0" in last and "at least 1" in last
+    assert str(config) in last and "num_speculative_tokens=0" in last and "from 1 to 256" in last
