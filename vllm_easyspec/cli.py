@@ -222,7 +222,8 @@ def _bench_engine(args: argparse.Namespace) -> None:
 
     stopped: BenchmarkError | None = None
     try:
-        engine.run(args.model, config, args.baselines, workload, arguments, args.turns, keep, _progress)
+        configs = engine.speculative_configs(config, args.baselines)
+        engine.run(args.model, configs, workload, arguments, args.turns, keep, _progress)
     except BenchmarkError as error:
         stopped = error
     except KeyboardInterrupt:

@@ -168,7 +168,7 @@ def test_table():
     ("end", "told"), [(KeyboardInterrupt(), "interrupted"), (BenchmarkError("no engine"), "no engine")]
 )
 def test_an_early_end_keeps_what_was_measured(capsys, monkeypatch, tmp_path, end, told):
-    def run(model, config, baselines, workload, arguments, turns, keep, say):
+    def run(model, configs, workload, arguments, turns, keep, say):
         keep(result_of({("none", 1): RESULTS["none", 1]}))
         raise end
 

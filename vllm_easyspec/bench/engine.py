@@ -14,7 +14,7 @@ import itertools
 import json
 import os
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,8 +118,7 @@ def _more_arguments(text: str) -> dict[str, Any]:
 
 def run(
     model: str,
-    config: EasySpecConfig,
-    baselines: Sequence[str],
+    configs: Mapping[str, dict[str, Any] | None],
     workload: Workload,
     engine_arguments: dict[str, Any],
     turns: int,
@@ -128,21 +127,21 @@ def run(
 ) -> dict[str, Any]:
     """Measure all arms. Returns `{arms, notes, rows}`, and gives it to `report` after each level.
 
+    configs: each arm's `speculative_config`, in the order of a turn; None is no speculation.
     Raises `BenchmarkError` where an engine doesn't start.
     """
     from vllm.platforms import current_platform
 
-    synthetic = config.rejection_sample_method == "synthetic"
+    synthetic = any(arm and arm.get("rejection_sample_method") == "synthetic" for arm in configs.values())
     notes = [
         note
         for applies, note in (
             (current_platform.is_cpu(), ON_CPU),
             (synthetic, SYNTHETIC),
-            ("none" not in baselines and not synthetic, NOTHING_EXPECTED),
+            ("none" not in configs and not synthetic, NOTHING_EXPECTED),
         )
         if applies
     ]
-    configs = speculative_configs(config, baselines)
     bind_cpus(engine_arguments.get("tensor_parallel_size", 1))
     arms: dict[str, Any] = {}
     results: Results = {}
@@ -260,7 +259,7 @@ def _measure(llm: Any, name: str, workload: Workload, concurrency: int) -> tuple
     prompts = workload.level(concurrency)
     engine = llm.llm_engine
     serve(engine, prompts[:concurrency], concurrency, min(WARM_UP_TOKENS, workload.output_tokens))
-    ours = name in ("precise", "easyspec")
+    ours = name not in ("none", "draft_model")
     llm.collective_rpc("bench_times")
     if ours:
         llm.collective_rpc("easyspec_stats", kwargs={"reset": True})

@@ -1,0 +1,140 @@
+"""Whole engines at a published size on a CPU: easyspec against vLLM's `draft_model` and no speculation, in turn.
+
+A target of Qwen2.5 3B's shape and a drafter of Qwen2.5 0.5B's, in bfloat16, from `config.json` alone: weights are
+random, so acceptance is vLLM's synthetic one, and only times count. Beside tokens a second, each drafting arm is shown
+with the bytes a second that a rank reads from its share of the drafter, and the share of the floor that its drafting
+stage reaches: the time that these bytes take at the memory's speed over the time measured.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import zlib
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+from vllm_easyspec import plugin
+from vllm_easyspec.bench import engine
+from vllm_easyspec.bench.draft_step import read_bandwidth
+from vllm_easyspec.bench.prompts import random_prompts
+from vllm_easyspec.bench.report import surroundings, table, write
+from vllm_easyspec.drafter.architectures import DrafterShape
+from vllm_easyspec.ranks import run_ranks
+
+SHAPES = Path(__file__).resolve().parent.parent / "tests" / "fixtures" / "hf_configs"
+DRAFTER = "Qwen2.5-0.5B-Instruct"
+TARGET_CHANGES = dict(  # Qwen2.5 3B
+    hidden_size=2048,
+    intermediate_size=11008,
+    num_hidden_layers=36,
+    max_window_layers=36,
+    num_attention_heads=16,
+    num_key_value_heads=2,
+)
+DRAFTS, ACCEPTANCE_LENGTH = 5, 4.0
+INPUT_TOKENS, OUTPUT_TOKENS = 64, 32
+# What each arm of easyspec adds to the configuration, and the bytes that it reads of a weight.
+ARMS: dict[str, tuple[dict[str, Any], int]] = {
+    "precise": ({"layer_parallel": {"group_size": 1}}, 2),
+    "easyspec": ({}, 2),
+    "paused": ({"num_speculative_tokens_per_batch_size": [[1, 64, 0]]}, 2),  # K = 0
+}
+
+
+def model_folder(changes: dict[str, Any]) -> str:
+    """A folder with the drafter's published configuration, changed, and nothing else. vLLM's compile caches know a
+    model by its folder, so that it stays under one name for one content."""
+    text = json.dumps(json.loads((SHAPES / DRAFTER / "config.json").read_text()) | changes)
+    folder = Path(tempfile.gettempdir()) / "easyspec-shapes" / f"real-sizes-{zlib.crc32(text.encode()):08x}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(text)
+    return str(folder)
+
+
+def rank_bytes(folder: str, ranks: int, weight_bytes: int) -> int:
+    """What a rank reads of the drafter in a step: its share of the layers and of the LM head."""
+    from transformers import AutoConfig
+
+    shape = DrafterShape.from_hf_config(AutoConfig.from_pretrained(folder))
+    hidden, attention = shape.hidden_size, 2 * shape.q_size + 2 * shape.kv_size
+    layer = hidden * attention + 3 * hidden * shape.intermediate_size
+    return (shape.num_layers * layer + hidden * shape.vocab_size) * weight_bytes // ranks
+
+
+def _bandwidth() -> float:
+    import torch
+
+    return read_bandwidth(torch.device("cpu"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--arms", default=",".join(["none", "draft_model", *ARMS]), help="of these, in this order")
+    parser.add_argument("--concurrency", default="1,4")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--requests", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+
+    plugin.register()
+    target, drafter = model_folder(TARGET_CHANGES), model_folder({})
+    synthetic = dict(rejection_sample_method="synthetic", synthetic_acceptance_length=ACCEPTANCE_LENGTH)
+    drafting = dict(model=drafter, num_speculative_tokens=DRAFTS) | synthetic
+    configs = {"none": None, "draft_model": drafting | {"method": "draft_model"}}
+    configs |= {name: drafting | {"method": "easyspec"} | changes for name, (changes, _) in ARMS.items()}
+    configs = {name: configs[name] for name in args.arms.split(",")}
+
+    levels = [int(level) for level in args.concurrency.split(",")]
+    prompts = random_prompts(max(args.requests, 2 * max(levels)), INPUT_TOKENS, 100_000)
+    workload = engine.Workload(prompts, levels, OUTPUT_TOKENS, args.requests)
+    arguments = dict(
+        tensor_parallel_size=args.ranks,
+        dtype="bfloat16",
+        load_format="dummy",
+        max_model_len=INPUT_TOKENS + OUTPUT_TOKENS + DRAFTS,
+        max_num_seqs=max(levels),
+        kv_cache_memory_bytes=1 << 29,
+    )
+    bandwidths = [min(run_ranks(args.ranks, _bandwidth))]
+    result = surroundings() | {"settings": {name: str(value) for name, value in vars(args).items()}}
+
+    def keep(measured: dict[str, Any]) -> None:
+        write(args.json, result | measured | {"bandwidth": bandwidths})
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    measured = engine.run(target, configs, workload, arguments, args.turns, keep, say)
+    bandwidths.append(min(run_ranks(args.ranks, _bandwidth)))
+    for row in measured["rows"]:
+        if row["draft_ms"] is not None:
+            bytes_read = DRAFTS * rank_bytes(drafter, args.ranks, ARMS.get(row["arm"], ({}, 2))[1])
+            row["drafter_gb_per_s"] = round(bytes_read / row["draft_ms"] / 1e6, 2)
+            row["share_of_floor"] = round(1e3 * bytes_read / median(bandwidths) / row["draft_ms"], 3)
+    keep(measured)
+    print(describe(measured, median(bandwidths)))
+
+
+def describe(measured: dict[str, Any], bandwidth: float) -> str:
+    header = (
+        "arm",
+        "concurrency",
+        "tokens/s",
+        "drafting ms",
+        "of it calibrating",
+        "verification ms",
+        "GB/s",
+        "of floor",
+    )
+    keys = ("arm", "concurrency", "tokens_a_second", "draft_ms", "calibrate_ms", "verify_ms", "drafter_gb_per_s")
+    rows = [[row.get(key) for key in (*keys, "share_of_floor")] for row in measured["rows"]]
+    return f"{table(header, rows)}\n\nA rank reads {bandwidth / 1e9:.1f} GB/s of memory while all do."
+
+
+if __name__ == "__main__":
+    main()
