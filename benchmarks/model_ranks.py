@@ -3,7 +3,7 @@
 A kernel takes the longer of its bytes over the memory's bandwidth and a fixed time; a collective takes a published
 latency by size and ranks. A step is the sum over kernels that wait for one another. `--measured FILE` takes bandwidth
 and the fixed time from a stages file of `make gpu-check`, so that the one-GPU precise step is the measured one.
-`docs/performance.md` states the assumptions and reads the tables, which this prints.
+`docs/results.md` states the assumptions and discusses the tables that this prints.
 """
 
 import argparse
