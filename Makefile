@@ -65,7 +65,6 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/rounds.py --lookahead examples/tiny-pair/lookahead.safetensors \
 		--json $(RESULTS)/rounds-cpu.json
 	$(BIN)/python benchmarks/lookahead_cost.py --json $(RESULTS)/lookahead-cost-cpu.json
-	$(BIN)/python benchmarks/collectives.py --json $(RESULTS)/collectives-cpu.json
 	mkdir -p build
 	$(BIN)/python examples/tiny-pair/held_out.py build/held-out.jsonl
 	$(BENCH) engine $(TINY_PAIR) --prompts build/held-out.jsonl --concurrency 1,4,16 --output-tokens 64 \

@@ -1,6 +1,5 @@
 """`tools/gpu_check.py`: parts fail, hang, end and run out of time, each on its own; what its checks call a fault."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -10,13 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-import setuptools
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
 import gpu_check  # noqa: E402
 import gpu_checks  # noqa: E402
-import gpu_figures  # noqa: E402
 from gpu_check import Part  # noqa: E402
 
 from vllm_easyspec.bench.processes import in_new_process  # noqa: E402
@@ -148,54 +145,6 @@ def test_engines_start_together_and_measure_in_turn(monkeypatch, tmp_path):
     assert lines[2:] == ["checked", "begins a", "ends a", "begins b", "ends b", "starts c", "begins c", "ends c"]
 
 
-def writes(monkeypatch, tmp_path, text: str, *then: str, **changes) -> Part:
-    """A part that leaves `text` as its result."""
-    script = tmp_path / "script.py"
-    script.write_text("\n".join(["import pathlib, sys", f"pathlib.Path(sys.argv[-1]).write_text({text!r})", *then]))
-    monkeypatch.setattr(gpu_check, "CHECKS", str(script))
-    return Part(**(dict(name="part", is_check=True, command=(str(script),), least_s=0, most_s=60) | changes))
-
-
-@pytest.mark.parametrize("text", ['{"rows": [', "", "[]"])
-def test_a_result_that_can_not_be_read_is_no_result(monkeypatch, tmp_path, text):
-    """As of a part that was killed while it wrote."""
-    part = writes(monkeypatch, tmp_path, text, "raise SystemExit('why')")
-    code, found = check(monkeypatch, tmp_path / "results", [part])
-    assert code == 1
-    assert found["part"]["outcome"] == "failed with exit code 1" and "why" in found["part"]["output"]
-
-
-def test_a_part_that_is_ended_keeps_its_rows(monkeypatch, tmp_path, capsys):
-    part = writes(monkeypatch, tmp_path, '{"rows": [{"plan": 1}]}', "import time; time.sleep(600)", most_s=5)
-    code, found = check(monkeypatch, tmp_path / "results", [part])
-    assert code == 1
-    assert found["part"]["outcome"] == "no end after 5 s" and found["part"]["rows"] == [{"plan": 1}]
-    assert "\n    plan 1\n" in capsys.readouterr().out
-
-
-def test_a_part_says_why_it_is_skipped(monkeypatch, tmp_path):
-    part = writes(monkeypatch, tmp_path, '{"skipped": "no xformers"}')
-    code, found = check(monkeypatch, tmp_path / "results", [part])
-    assert (code, found["part"]["outcome"]) == (0, "skipped: no xformers")
-
-
-def test_a_check_that_can_not_run_here_is_skipped(monkeypatch, tmp_path):
-    file = tmp_path / "result.json"
-    monkeypatch.setattr(gpu_checks, "why_unusable", lambda: "no xformers")
-    monkeypatch.setattr(sys, "argv", ["gpu_checks.py", "identity", "bfloat16", "--xformers", "--json", str(file)])
-    gpu_checks.main()
-    found = json.loads(file.read_text())
-    assert found["skipped"] == "no xformers" and found["versions"]["torch"]
-
-
-def test_a_parts_environment_yields_to_the_users(monkeypatch, tmp_path):
-    monkeypatch.setenv("GIVEN", "the user's")
-    code = "import os; print(os.environ['GIVEN'], os.environ['OTHER'])"
-    part = python("part", code, environment=(("GIVEN", "the part's"), ("OTHER", "the part's")))
-    _, found = check(monkeypatch, tmp_path, [part])
-    assert found["part"]["output"] == "the user's the part's\n"
-
-
 def test_parts_without_time_are_listed_and_a_check_among_them_fails(monkeypatch, tmp_path, capsys):
     long = dict(least_s=1000)
     code, found = check(monkeypatch, tmp_path, [python("figure", "pass", is_check=False, **long)], "--budget", "10")
@@ -205,93 +154,10 @@ def test_parts_without_time_are_listed_and_a_check_among_them_fails(monkeypatch,
     assert code == 1
 
 
-def test_checks_share_the_gpu_and_figures_have_it_alone(monkeypatch, tmp_path):
-    """Two checks that wait for each other's file end only if they run at once."""
-    a, b = str(tmp_path / "a"), str(tmp_path / "b")
-    meet = "import pathlib, time; pathlib.Path({!r}).touch()\nwhile not pathlib.Path({!r}).exists(): time.sleep(0.02)"
-    parts = [python("first", meet.format(a, b), shares_gpu=True), python("second", meet.format(b, a), shares_gpu=True)]
-    code, found = check(monkeypatch, tmp_path / "results", parts, "--jobs", "2")
-    assert code == 0 and all(part["outcome"] == "passed" for part in found.values())
-    for part in gpu_check.parts("cuda"):
-        assert part.shares_gpu == (part.is_check and part.name != "build")
-
-
-@pytest.mark.parametrize(
-    "tests, code, outcome",
-    [
-        ("", 0, "skipped: no such tests"),
-        ("@pytest.mark.skip(reason='no GPU')\ndef test_it(): pass", 0, "skipped: each of its tests was skipped"),
-        ("@pytest.mark.skip\ndef test_it(): pass\ndef test_that(): pass", 0, "passed"),
-        ("def test_it(): assert False", 1, "failed with exit code 1"),
-    ],
-)
-def test_a_part_whose_tests_do_not_run_is_skipped_not_passed(monkeypatch, tmp_path, tests, code, outcome):
-    (tmp_path / "test_it.py").write_text(f"import pytest\n{tests}")
-    part = Part("tests-gpu", True, ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)), 0, 60)
-    result, found = check(monkeypatch, tmp_path / "results", [part])
-    assert (result, found["tests-gpu"]["outcome"]) == (code, outcome)
-
-
-@pytest.mark.parametrize("why, outcome", [(None, "passed"), ("they do not load", "failed with exit code 1")])
-def test_a_build_has_passed_when_what_it_built_is_used(monkeypatch, tmp_path, why, outcome):
-    (tmp_path / "setup.py").write_text("import os, sys; print(*sys.argv[1:], os.environ['EASYSPEC_NATIVE'])")
-    (tmp_path / "vllm_easyspec").mkdir()
-    (tmp_path / "vllm_easyspec" / "ops.py").write_text(f"WHY_NOT_NATIVE = {why!r}")
-    (tmp_path / "vllm_easyspec" / "__init__.py").touch()
-    (tmp_path / "csrc").mkdir()
-    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
-    build = next(part for part in gpu_check.parts("cuda") if part.name == "build")
-    _, found = check(monkeypatch, tmp_path / "results", [build])
-    assert found["build"]["outcome"] == outcome
-    assert found["build"]["output"] == "build_ext --inplace required\n" + (f"{why}\n" if why else "")
-
-
-@pytest.fixture
-def set_up(monkeypatch):
-    """setup.py as a module, which builds nothing."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
-    spec = importlib.util.spec_from_file_location("set_up", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize("name", ["CUDA_HOME", "CUDA_PATH", "PATH"])
-def test_nvcc_is_found_where_the_environment_says(monkeypatch, tmp_path, set_up, name):
-    for variable in ("CUDA_HOME", "CUDA_PATH", "PATH"):
-        monkeypatch.setenv(variable, "")
-    torch, compiler = tmp_path / "torch", tmp_path / "cuda" / "bin" / "nvcc"
-    for file in (torch / "lib" / "libtorch_cuda.so", compiler):
-        file.parent.mkdir(parents=True)
-        file.touch(mode=0o755)
-    assert set_up.nvcc(torch) is None
-    monkeypatch.setenv(name, str(compiler.parent if name == "PATH" else compiler.parent.parent))
-    assert set_up.nvcc(torch) == str(compiler)
-    assert set_up.nvcc(tmp_path) is None and set_up.nvcc(None) is None  # no torch with CUDA there
-
-
 def test_unknown_parts_are_one_line(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         check(monkeypatch, tmp_path, [python("good", "pass")], "--only", "godo")
     assert "--only godo: allowed are good" in capsys.readouterr().err
-
-
-def test_two_commands_run_every_part_once(monkeypatch, tmp_path):
-    names = [part.name for part in gpu_check.parts("cuda")]
-    assert set(gpu_check.FIRST) < set(names)
-    parts = [python(name, "pass") for name in ("build", "xformers", "engine-easyspec")]
-    ran = [set(check(monkeypatch, tmp_path / each, parts, "--set", each)[1]) for each in ("first", "rest")]
-    assert ran == [{"build", "engine-easyspec"}, {"xformers"}]
-
-
-def test_tokens_a_second_are_compared_batch_by_batch(capsys):
-    rates = {"none": 100.0, "draft_model": 150.0, "block": 300.0}
-    rows = [{"arm": arm, "batch": 1, "tokens_a_second": rate} for arm, rate in rates.items()]
-    gpu_check.print_table([{"part": "engine", "outcome": "passed", "rows": rows}])
-    out = capsys.readouterr().out
-    assert "block, batch 1: 3.00 times none's" in out and "block, batch 1: 2.00 times draft_model's" in out
-    assert "draft_model, batch 1: 1.50 times none's" in out
 
 
 @pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="this host has a GPU")
@@ -320,36 +186,6 @@ def test_the_first_difference_is_judged_by_the_targets_gap():
     found = gpu_checks.first_differences([answer([1, 2, 3], gap=0.25)], [answer([1, 9, 9])])
     assert found == pytest.approx([0.25])
     assert gpu_checks.first_differences([answer([1, 2])], [answer([1, 2])]) == []
-
-
-class RecordingEngine:
-    def __init__(self):
-        self.calls = []
-
-    def collective_rpc(self, method, kwargs):
-        self.calls.append((method, kwargs))
-
-
-def test_a_plan_is_captured_after_it_is_swapped():
-    """For every batch from the whole one to a last request: answers end at different times."""
-    llm = RecordingEngine()
-    gpu_checks.use(llm, "block", [1, 8, 1])
-    gpu_figures.use(llm, dict(scope="block", group_sizes=[1, 8, 1]), 8)
-    assert llm.calls == [
-        ("easyspec_configure", {"scope": "block", "group_sizes": [1, 8, 1]}),
-        ("easyspec_capture", {"batch_sizes": list(range(1, 17)), "num_speculative_tokens": [5]}),
-        ("easyspec_configure", {"scope": "block", "group_sizes": [1, 8, 1]}),
-        ("easyspec_capture", {"batch_sizes": list(range(1, 9)), "num_speculative_tokens": [5]}),
-    ]
-
-
-def test_figures_of_plans_that_drafted_eagerly_are_named():
-    row = {"arm": "block", "batch": 8}
-    graphed = {"captured": 20, "replays": 80, "eager_rounds": 0}
-    without = {"captured": 0, "replays": 0, "eager_rounds": 40}  # a CPU
-    assert gpu_figures.drafted_eagerly([row, row | {"graphs": graphed}, row | {"graphs": without}]) == []
-    eager = row | {"graphs": graphed | {"eager_rounds": 3}}
-    assert gpu_figures.drafted_eagerly([eager]) == ["block, batch 8: 3 rounds drafted without a CUDA graph"]
 
 
 ROW = dict(plan="1-4-4-1", differing=1, largest_gap=0.01, allowed_gap=0.02, tokens_a_round=3.0, rounds=40)
