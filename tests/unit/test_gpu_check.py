@@ -66,10 +66,10 @@ def wait_until_gone(pid: int) -> None:
 
 def test_a_hanging_part_is_ended_with_the_processes_it_started(monkeypatch, tmp_path):
     pid = tmp_path / "pid"
-    parts = [python("hangs", hang(pid), most_s=15), python("good", "pass")]
+    parts = [python("hangs", hang(pid), most_s=3), python("good", "pass")]
     result, found = check(monkeypatch, tmp_path / "results", parts)
     assert result == 1
-    assert found["hangs"]["outcome"] == "no end after 15 s" and found["good"]["outcome"] == "passed"
+    assert found["hangs"]["outcome"] == "no end after 3 s" and found["good"]["outcome"] == "passed"
     wait_until_gone(int(pid.read_text()))
 
 
