@@ -13,8 +13,17 @@ import pytest
 LEADER = "gw0"
 NICENESS = 10  # of the other workers: they get a tenth of a core that a rank wants too
 SEVERAL_RANKS = {
-    "e2e": ("lossless", "plan_table", "serve", "platforms", "lookahead_engine"),
-    "integration": ("check_ranks", "draft_loop", "drafter", "fidelity", "fit", "lookahead_drafter", "ranks"),
+    "e2e": ("lossless", "plan_table", "serve", "platforms", "lookahead_engine", "draft_vocabulary"),
+    "integration": (
+        "check_ranks",
+        "draft_loop",
+        "draft_vocabulary",
+        "drafter",
+        "fidelity",
+        "fit",
+        "lookahead_drafter",
+        "ranks",
+    ),
 }
 
 

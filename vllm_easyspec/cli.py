@@ -47,6 +47,9 @@ def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     doctor.add_argument("--drafter", metavar="PATH", help="take the drafter from here in place of CONFIG's model")
     doctor.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
     doctor.add_argument("--device", choices=["cuda", "cpu"], help="where it will run (default: what vLLM finds here)")
+    doctor.add_argument(
+        "--prompts", metavar="FILE", type=Path, help="JSON lines, of which to tell what draft_vocabulary covers"
+    )
     doctor.set_defaults(run=_doctor)
 
 
@@ -54,13 +57,15 @@ def _doctor(args: argparse.Namespace) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # before vLLM is imported: the report is the output
     from huggingface_hub.utils import logging
 
+    from vllm_easyspec.bench.prompts import read_prompts
     from vllm_easyspec.doctor import diagnose
 
     logging.set_verbosity_error()
     config = EasySpecConfig.parse(args.config)
     if args.drafter is not None:
         config = config.model_copy(update={"model": args.drafter})
-    for line in diagnose(config, args.tensor_parallel_size, args.model, args.dtype, args.device):
+    prompts = read_prompts(args.prompts, args.model or config.model) if args.prompts else []
+    for line in diagnose(config, args.tensor_parallel_size, args.model, args.dtype, args.device, prompts):
         print(line)
 
 
@@ -297,12 +302,22 @@ def _tune(args: argparse.Namespace) -> None:
 
 
 def _add_fit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    fit = commands.add_parser("fit", help="fit look-ahead maps, which let more layers run side by side")
+    fit = commands.add_parser(
+        "fit",
+        help="fit look-ahead maps, which let more layers run side by side; with --vocabulary, count the tokens that "
+        "are worth drafting",
+    )
     fit.add_argument("--drafter", metavar="PATH", required=True, help="a checkpoint's folder")
     fit.add_argument(
         "--text", metavar="FILE", type=Path, nargs="+", required=True, help="plain text, or JSONL of prompts"
     )
-    fit.add_argument("--output", "-o", metavar="FILE", type=Path, default=Path("lookahead.safetensors"))
+    fit.add_argument(
+        "--output", "-o", metavar="FILE", type=Path, help="(default: lookahead.safetensors, or vocabulary.json)"
+    )
+    fit.add_argument(
+        "--vocabulary", metavar="N", type=_at_least(1), help="write a draft vocabulary of N tokens in place of maps"
+    )
+    fit.add_argument("--target", metavar="TARGET", help="with --vocabulary: count in this model's answers to the text")
     fit.add_argument(
         "--plans",
         metavar="PLAN",
@@ -329,6 +344,12 @@ def _add_fit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     )
     fit.add_argument("--ridge", type=float, default=1e-3, help="penalty, as a share of a feature's variance")
     fit.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
+    fit.add_argument(
+        "engine_arguments",
+        nargs="*",
+        metavar="-- VLLM_OPTION",
+        help="of the target's engine, such as -- --dtype bfloat16",
+    )
     fit.set_defaults(run=_fit)
 
 
@@ -338,6 +359,12 @@ def _fit(args: argparse.Namespace) -> None:
     from vllm_easyspec.support import read_drafter
     from vllm_easyspec.tune.fit import FitSettings, fit
 
+    if args.vocabulary is not None:
+        return _count_vocabulary(args)
+    if args.target is not None or args.engine_arguments:
+        given = "what stands after --" if args.target is None else f"--target {args.target}"
+        raise ConfigError(f"{given} is not allowed without --vocabulary: maps are fitted on the drafter alone")
+    args.output = args.output or Path("lookahead.safetensors")
     check_writable(args.output)
     plan = LayerParallelConfig().draft_plan(read_drafter(args.drafter, None).num_layers)
     settings = FitSettings(
@@ -370,6 +397,23 @@ def _fit(args: argparse.Namespace) -> None:
     by_rank = ", ".join(f"{r2:.3f} at {rank}" for rank, r2 in report["r2_by_rank"].items())
     print(f"rank {report['rank']} (mean held-out R2 by rank: {by_rank})")
     print(f"wrote {args.output}, {args.output.stat().st_size:,} bytes")
+
+
+def _count_vocabulary(args: argparse.Namespace) -> None:
+    from vllm_easyspec.bench.report import check_writable
+    from vllm_easyspec.tune.vocabulary import CountSettings, count
+
+    output = args.output or Path("vocabulary.json")
+    check_writable(output)
+    settings = CountSettings(size=args.vocabulary, tokens=args.tokens, prompt_tokens=args.length, ranks=args.ranks)
+    about = count(args.drafter, args.text, output, settings, args.target, args.engine_arguments)
+    what = "of the target's answers" if args.target else "of text"
+    print(
+        f"{about['tokens']:,} of {about['vocab_size']:,} tokens, counted in {about['counted_tokens']:,} {what}.\n"
+        f"Counted in four fifths of it, they cover {about['coverage']:.2%} of the {about['held_out_tokens']:,} tokens "
+        f"of the rest; as many of the lowest ids cover {about['coverage_of_lowest_ids']:.2%}.\n"
+        f"wrote {output}, {output.stat().st_size:,} bytes"
+    )
 
 
 if __name__ == "__main__":

@@ -234,6 +234,7 @@ def _build_speculative_config(fields: dict[str, Any], options: RuntimeOptions) -
         ) from error
     support.check_drafter(built, options.layer_parallel)
     support.check_maps(built, options)
+    support.check_draft_vocabulary(built, options)
     return built
 
 

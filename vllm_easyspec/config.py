@@ -23,6 +23,7 @@ from vllm_easyspec.errors import ConfigError, shown
 METHOD = "easyspec"
 OPTIONS_KEY = "easyspec"  # in vLLM's additional_config
 LOOKAHEAD_HASH_KEY = "lookahead_sha256"  # beside the options there
+VOCABULARY_HASH_KEY = "draft_vocabulary_sha256"  # likewise
 MOST_ERRORS = 5  # told of one configuration
 MOST_DRAFTS = 256  # far beyond what pays; a typing error should not cost a start of the engine
 
@@ -91,6 +92,13 @@ def _read_grouping(value: Any) -> Any:
     except ValueError:
         raise PydanticCustomError("plan", "it is not group sizes joined by dashes") from None
     return value
+
+
+def _read_vocabulary(value: Any) -> Any:
+    """A number of tokens or a path."""
+    if type(value) is int and value >= 1 or isinstance(value, str) and value or value is None:
+        return value
+    raise PydanticCustomError("draft_vocabulary", "it is neither a number of at least 1 nor a path")
 
 
 Grouping = Annotated[str, BeforeValidator(_read_grouping)]
@@ -284,6 +292,11 @@ class RuntimeOptions(_Strict):
     lookahead: str | None = Field(
         default=None, min_length=1, description="a file of look-ahead maps, which vllm-easyspec fit writes"
     )
+    draft_vocabulary: Annotated[int | str | None, BeforeValidator(_read_vocabulary)] = Field(
+        default=None,
+        description="the tokens that may be drafted: a number N of at least 1, such as 32768 (the N lowest ids and the "
+        "special tokens), or a file that vllm-easyspec fit --vocabulary writes; left out, all of them",
+    )
 
     @classmethod
     def from_vllm(cls, vllm_config: Any) -> "RuntimeOptions":
@@ -299,7 +312,8 @@ class RuntimeOptions(_Strict):
     @classmethod
     def from_json(cls, options: Mapping[str, Any]) -> "RuntimeOptions":
         """The options in `additional_config`: what `to_json` gave, with a hash beside it where a file is named."""
-        return cls.model_validate({key: value for key, value in options.items() if key != LOOKAHEAD_HASH_KEY})
+        hashes = (LOOKAHEAD_HASH_KEY, VOCABULARY_HASH_KEY)
+        return cls.model_validate({key: value for key, value in options.items() if key not in hashes})
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON that reads back to the same options (vLLM hashes `additional_config` as JSON)."""
@@ -309,6 +323,7 @@ class RuntimeOptions(_Strict):
             "grouped_attention": self.grouped_attention,
             "check_ranks": self.check_ranks,
             **({"lookahead": self.lookahead} if self.lookahead else {}),
+            **({"draft_vocabulary": self.draft_vocabulary} if self.draft_vocabulary else {}),
         }
 
 
@@ -442,10 +457,12 @@ class EasySpecConfig(RuntimeOptions):
         if self.draft_sample_method != "probabilistic":
             fields.setdefault("use_local_argmax_reduction", True)
         options = RuntimeOptions(**{name: getattr(self, name) for name in RuntimeOptions.model_fields}).to_json()
-        if self.lookahead is None:
-            return fields, options
         # vLLM distinguishes configurations by a hash of the options, and a path doesn't change with the file's content.
-        return fields, options | {LOOKAHEAD_HASH_KEY: _content_hash(self.lookahead)}
+        if self.lookahead is not None:
+            options[LOOKAHEAD_HASH_KEY] = _content_hash("lookahead", self.lookahead, "fit")
+        if isinstance(self.draft_vocabulary, str):
+            options[VOCABULARY_HASH_KEY] = _content_hash("draft_vocabulary", self.draft_vocabulary, "fit --vocabulary")
+        return fields, options
 
     def check_model(self) -> None:
         """Raise `ConfigError` where `model` is a path on this machine without a model behind it."""
@@ -466,8 +483,8 @@ def is_path(value: Any) -> bool:
 def load(value: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """Read a path to YAML or JSON, inline JSON, or a dict into a plain dict, of whatever method. Raises `ConfigError`.
 
-    In an easyspec file a `model` or `lookahead` that begins with ./ or ../ counts from the file's folder; nothing else
-    is changed.
+    In an easyspec file a `model`, `lookahead` or `draft_vocabulary` that begins with ./ or ../ counts from the file's
+    folder; nothing else is changed.
     """
     if isinstance(value, Mapping):
         return dict(value)
@@ -476,7 +493,7 @@ def load(value: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     path = Path(value).expanduser()
     config = _mapping(_parse_file(path), str(path))
     if is_easyspec(config):
-        for name in ("model", "lookahead"):
+        for name in ("model", "lookahead", "draft_vocabulary"):
             written = config.get(name)
             if isinstance(written, str) and written.startswith(("./", "../")):
                 config[name] = str((path.parent / written).resolve())
@@ -521,14 +538,14 @@ def _looks_like_path(model: str) -> bool:
     return "://" not in model and (model.startswith(("/", ".", "~")) or model.count("/") > 1 or model.endswith("/"))
 
 
-def _content_hash(path: str) -> str:
-    """Of the file of look-ahead maps. Raises `ConfigError` for a file that can't be read."""
+def _content_hash(field: str, path: str, command: str) -> str:
+    """Of a file that `vllm-easyspec` with `command` wrote. Raises `ConfigError` for a file that can't be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ConfigError(
-            f"lookahead={path!r} can't be read: {error.strerror}. Give a file that vllm-easyspec fit wrote (a path "
+            f"{field}={path!r} can't be read: {error.strerror}. Give a file that vllm-easyspec {command} wrote (a path "
             "that begins with ./ or ../ in a file counts from that file's folder), or remove it"
         ) from error
 

@@ -1,7 +1,7 @@
 """Checks a configuration without an engine: what each rank will hold, and whether the pair fits together."""
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from vllm_easyspec import support
@@ -9,6 +9,7 @@ from vllm_easyspec.config import ConfigError, EasySpecConfig
 from vllm_easyspec.drafter.architectures import DrafterShape
 from vllm_easyspec.drafter.placement import LayerPlacement, MlpPlacement, choose_mlp
 from vllm_easyspec.drafter.plan import PlanTable
+from vllm_easyspec.drafter.vocabulary import DraftVocabulary, special_ids
 from vllm_easyspec.lookahead import check_lookahead
 from vllm_easyspec.versions import Support, installed, require_supported, vllm_version
 
@@ -30,20 +31,28 @@ class RankMemory:
 
 
 def rank_memory(
-    shape: DrafterShape, placement: LayerPlacement, mlp: MlpPlacement, rank: int, itemsize: int
+    shape: DrafterShape, placement: LayerPlacement, mlp: MlpPlacement, rank: int, itemsize: int, drafted: int = 0
 ) -> RankMemory:
-    """Weights and K/V of one rank: whole attentions of its own layers, its part of everything else."""
+    """Weights and K/V of one rank: whole attentions of its own layers, its part of everything else.
+
+    drafted: tokens of a draft vocabulary, whose rows the LM head holds; 0 without one.
+    """
     layers, ranks = len(placement.layers_of(rank)), placement.num_ranks
     width = len(mlp.shard(shape.intermediate_size, rank, ranks))
     biases = 2 * width + shape.hidden_size if shape.mlp_bias else 0
-    rows = -(-shape.vocab_size // VOCABULARY_PADDING) * VOCABULARY_PADDING // ranks
-    matrices = 1 if shape.tied_embeddings else 2
+    rows = _rows(shape.vocab_size, ranks)
+    if drafted or not shape.tied_embeddings:
+        rows += _rows(drafted or shape.vocab_size, ranks)
     return RankMemory(
         attention=layers * shape.attention_parameters() * itemsize,
         mlp=shape.num_layers * (shape.hidden_size * (3 * width + 1) + biases) * itemsize,
-        embedding=(matrices * rows + 1) * shape.hidden_size * itemsize,
+        embedding=(rows + 1) * shape.hidden_size * itemsize,
         kv_per_token=layers * 2 * shape.kv_size * itemsize,
     )
+
+
+def _rows(tokens: int, ranks: int) -> int:
+    return -(-tokens // VOCABULARY_PADDING) * VOCABULARY_PADDING // ranks
 
 
 def diagnose(
@@ -52,8 +61,12 @@ def diagnose(
     target: str | None = None,
     dtype: str = "auto",
     device: str | None = None,
+    prompts: Sequence[Sequence[int]] = (),
 ) -> list[str]:
-    """The report, a line each. Raises `ConfigError` or `UnsupportedVllmError` for the first thing that can't work."""
+    """The report, a line each. Raises `ConfigError` or `UnsupportedVllmError` for the first thing that can't work.
+
+    prompts: token ids, of which it tells the share that may be drafted.
+    """
     version = vllm_version()
     require_supported(version)
     if num_ranks < 1:
@@ -62,6 +75,7 @@ def diagnose(
     shape = support.read_drafter(config.model, config.revision, config.code_revision)
     plans = config.layer_parallel.plan_table(shape.num_layers)
     vocabulary = _vocabulary(shape, target)
+    drafted = _draft_vocabulary(config, shape, target)
     # A drafter takes the target's type, and `auto` loads float32 checkpoints at 16 bits too.
     itemsize = 4 if dtype == "float32" else 2
     device = device or _this_device()
@@ -78,8 +92,9 @@ def diagnose(
         *_plan_lines(plans, config),
         f"lookahead   {maps}",
         f"MLPs        {mlp.value} ({config.layer_parallel.mlp}, on {device})",
-        *_rank_lines(shape, placement, mlp, itemsize),
+        *_rank_lines(shape, placement, mlp, itemsize, len(drafted.ids) if drafted else 0),
         f"vocabulary  {vocabulary}",
+        *_drafted_lines(drafted, prompts),
         f"versions    vllm {version} ({Support.of(version).value}), torch {installed('torch')}, "
         f"python {platform.python_version()}, vllm-easyspec {installed('vllm-easyspec')}",
     ]
@@ -99,9 +114,11 @@ def _plan_lines(plans: PlanTable, config: EasySpecConfig) -> Iterator[str]:
         first = (entry.up_to or first) + 1
 
 
-def _rank_lines(shape: DrafterShape, placement: LayerPlacement, mlp: MlpPlacement, itemsize: int) -> Iterator[str]:
+def _rank_lines(
+    shape: DrafterShape, placement: LayerPlacement, mlp: MlpPlacement, itemsize: int, drafted: int
+) -> Iterator[str]:
     for rank in range(placement.num_ranks):
-        memory = rank_memory(shape, placement, mlp, rank, itemsize)
+        memory = rank_memory(shape, placement, mlp, rank, itemsize, drafted)
         layers = ", ".join(map(str, placement.layers_of(rank))) or "none"
         yield (
             f"rank {rank:<6} attention of layers {layers}; weights {_mebibytes(memory.weights)} (attention "
@@ -121,6 +138,24 @@ def _vocabulary(shape: DrafterShape, target: str | None) -> str:
 
     size = get_hf_text_config(support.read_hf_config(target, revision=None)).vocab_size
     return support.check_vocabulary(shape.vocab_size, size, lambda: _count_token_ids(target))
+
+
+def _draft_vocabulary(config: EasySpecConfig, shape: DrafterShape, target: str | None) -> DraftVocabulary | None:
+    if config.draft_vocabulary is None:
+        return None
+    drafters = support.read_tokenizer(config.model, config.revision, shape.vocab_size)
+    support.read_vocabulary(config.draft_vocabulary, shape, lambda: drafters)
+    tokenizer = drafters if target is None else support.read_tokenizer(target, None, shape.vocab_size)
+    special = () if tokenizer is None else special_ids(tokenizer)
+    return DraftVocabulary.of(config.draft_vocabulary, special, shape.vocab_size)
+
+
+def _drafted_lines(drafted: DraftVocabulary | None, prompts: Sequence[Sequence[int]]) -> Iterator[str]:
+    if drafted is None:
+        return
+    share, tokens = drafted.share_of(prompts)
+    covered = f", which cover {share:.1%} of the {tokens:,} tokens of the prompts" if tokens else ""
+    yield f"drafts      from {len(drafted.ids):,} of {drafted.size:,} tokens{covered}"
 
 
 def _count_token_ids(target: str) -> int | None:

@@ -137,8 +137,9 @@ class DrafterRuntime:
         maps = settings.lookahead_file.describe() if settings.lookahead_file else "none"
         return (
             f"rank {model.rank} of {model.num_ranks}: plan {settings.current.plans}, K={settings.current.num_drafts}, "
-            f"look-ahead {maps}, attention and pages of layers {list(model.local_layers)} here, MLPs: "
-            f"{model.mlp.value}, weights {model.weight_bytes():,} bytes, K/V pages {cache_bytes:,} bytes "
+            f"look-ahead {maps}, drafts from {model.head.describe()}, attention and pages of layers "
+            f"{list(model.local_layers)} here, MLPs: {model.mlp.value}, weights {model.weight_bytes():,} bytes, "
+            f"K/V pages {cache_bytes:,} bytes "
             f"({cache_bytes // (pages.num_blocks * pages.block_size):,} per token)"
         )
 

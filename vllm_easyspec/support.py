@@ -14,6 +14,13 @@ from packaging.version import Version
 
 from vllm_easyspec.config import METHOD, ConfigError, GroupedAttention, LayerParallelConfig, RuntimeOptions
 from vllm_easyspec.drafter.architectures import DrafterShape, UnsupportedDrafterError
+from vllm_easyspec.drafter.vocabulary import (
+    DraftVocabulary,
+    VocabularyFile,
+    check_number,
+    special_ids,
+    tokenizer_hash,
+)
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
@@ -295,6 +302,77 @@ def check_maps(config: "SpeculativeConfig", options: RuntimeOptions) -> None:
     shape = _shape(draft.hf_config, str(config.model))
     plans = options.layer_parallel.plan_table(shape.num_layers).plans
     check_lookahead(options.lookahead, draft.model, draft.revision, shape, plans)
+
+
+def check_draft_vocabulary(config: "SpeculativeConfig", options: RuntimeOptions) -> None:
+    """Raise `ConfigError` where the drafter can't draft from `draft_vocabulary`."""
+    draft = config.draft_model_config
+    read_vocabulary(
+        options.draft_vocabulary,
+        _shape(draft.hf_config, str(config.model)),
+        lambda: read_tokenizer(draft.model, draft.revision, draft.get_vocab_size(), draft.trust_remote_code),
+    )
+
+
+def read_vocabulary(
+    wanted: int | str | None, shape: DrafterShape, tokenizer: Callable[[], Any]
+) -> VocabularyFile | None:
+    """The file of `draft_vocabulary`, if it is one. Raises `ConfigError` where it can't serve this drafter.
+
+    tokenizer: loads the drafter's, asked only where there is a file; None where it has none.
+    """
+    if isinstance(wanted, int):
+        check_number(wanted, shape.vocab_size)
+    if not isinstance(wanted, str):
+        return None
+    file, loaded = VocabularyFile.read(wanted), tokenizer()
+    file.check(wanted, shape.vocab_size, None if loaded is None else tokenizer_hash(loaded.get_vocab()))
+    return file
+
+
+def draft_vocabulary(config: "VllmConfig", options: RuntimeOptions, shape: DrafterShape) -> DraftVocabulary | None:
+    """What the drafter of an engine, or one without an engine, may draft; None for everything. The first rank decides.
+
+    config: as `draft_vllm_config` makes it.
+    """
+    from vllm.distributed import get_tp_group
+
+    wanted = options.draft_vocabulary
+    if wanted is None:
+        return None
+    group, vocabulary = get_tp_group(), None
+    if group.rank_in_group == 0:
+        spec = config.speculative_config
+        special = special_tokens(config.model_config if spec is None else spec.target_model_config)
+        vocabulary = DraftVocabulary.of(wanted, special, shape.vocab_size)
+    return group.broadcast_object(vocabulary, src=0) if group.world_size > 1 else vocabulary
+
+
+def special_tokens(model: "ModelConfig") -> set[int]:
+    """Ids of the model's special tokens; without a tokenizer, of those that its configuration names."""
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    tokenizer = _loaded(lambda: cached_tokenizer_from_config(model), model.get_vocab_size())
+    if tokenizer is not None:
+        return special_ids(tokenizer)
+    named = (getattr(model.hf_text_config, f"{name}_token_id", None) for name in ("bos", "eos", "pad"))
+    return {index for entry in named for index in (entry if isinstance(entry, list) else [entry]) if index is not None}
+
+
+def read_tokenizer(model: str, revision: str | None, vocab_size: int, trust: bool = False) -> Any:
+    """A model's tokenizer; None where it has none."""
+    from vllm.tokenizers import get_tokenizer
+
+    return _loaded(lambda: get_tokenizer(model, revision=revision, trust_remote_code=trust), vocab_size)
+
+
+def _loaded(load: Callable[[], Any], vocab_size: int) -> Any:
+    try:
+        tokenizer = load()
+    except (OSError, ValueError, KeyError, TypeError, ImportError):  # whatever loaders say to a folder without one
+        return None
+    # transformers makes an empty tokenizer of a folder that holds none.
+    return None if tokenizer is None or 2 * len(tokenizer.get_vocab()) < vocab_size else tokenizer
 
 
 def _another_method(model: str, method: str) -> str:

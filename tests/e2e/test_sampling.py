@@ -99,13 +99,21 @@ def p_value(draws: np.ndarray, probabilities: np.ndarray) -> float:
     return float(chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue)
 
 
-@pytest.fixture(scope="module", params=["probabilistic", "greedy"])
+DRAFTED = 14  # tokens of the 24, where only a part may be drafted
+DRAFTS = {
+    "probabilistic": {"draft_sample_method": "probabilistic"},
+    "probabilistic-from-a-part": {"draft_sample_method": "probabilistic", "draft_vocabulary": DRAFTED},
+    "greedy": {"draft_sample_method": "greedy"},
+}
+
+
+@pytest.fixture(scope="module", params=DRAFTS)
 def llm(request, pair):
     folder, _, _ = pair
     config = easyspec(
         folder / "drafter",
         num_speculative_tokens=3,
-        draft_sample_method=request.param,
+        **DRAFTS[request.param],
         max_model_len=DRAFTER_CONTEXT,
         layer_parallel={"group_sizes": [1, 4, 1]},
     )

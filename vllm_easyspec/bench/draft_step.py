@@ -139,7 +139,7 @@ def _interleaved(
 def bytes_a_step(model: LayerParallelDrafter, batch: int, context: int) -> int:
     """What a rank must read from memory in a step: its weights but for the embedding's unused rows, and the K/V."""
     embedding = model.embed_tokens.weight
-    unused = 0 if model.shape.tied_embeddings else embedding.nbytes
+    unused = 0 if model.head.is_embedding else embedding.nbytes
     a_token = 2 * model.shape.kv_size * embedding.element_size() * len(model.local_layers)
     return model.weight_bytes() - unused + batch * context * a_token
 

@@ -18,12 +18,12 @@ from vllm.distributed import (
     tensor_model_parallel_all_gather,
     tensor_model_parallel_all_reduce,
 )
-from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.rotary_embedding import get_rope
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from vllm_easyspec.config import RuntimeOptions
 from vllm_easyspec.drafter.architectures import DrafterShape
+from vllm_easyspec.drafter.head import DraftHead
 from vllm_easyspec.drafter.paged_kv import DrafterAttention
 from vllm_easyspec.drafter.placement import LayerPlacement, MlpPlacement, choose_mlp
 from vllm_easyspec.drafter.plan import DraftPlan
@@ -39,6 +39,7 @@ from vllm_easyspec.ops import (
     rotate_and_store,
     sum_of_mlps,
 )
+from vllm_easyspec.support import draft_vocabulary
 
 
 class Rotate(Protocol):
@@ -93,10 +94,8 @@ class LayerParallelDrafter(nn.Module):
         self.observer: Callable[[range, torch.Tensor, torch.Tensor], None] | None = None
 
         self.embed_tokens = VocabParallelEmbedding(shape.vocab_size, shape.hidden_size, prefix=f"{prefix}.embed_tokens")
-        self.lm_head = ParallelLMHead(shape.vocab_size, shape.hidden_size, prefix=f"{prefix}.lm_head")
-        if shape.tied_embeddings:
-            self.lm_head = self.lm_head.tie_weights(self.embed_tokens)
-        self.logits_processor = LogitsProcessor(shape.vocab_size)
+        vocabulary = draft_vocabulary(vllm_config, options, shape)
+        self.head = DraftHead(shape, self.embed_tokens, vocabulary, prefix=f"{prefix}.lm_head")
         self.rotary = get_rope(
             shape.head_dim,
             max_position=max(shape.max_position_embeddings, vllm_config.model_config.max_model_len),
@@ -184,12 +183,12 @@ class LayerParallelDrafter(nn.Module):
         return tensor_model_parallel_all_reduce(embed_shard(input_ids, self.embed_tokens.weight, first, end - first))
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[tokens, hidden]` to `[tokens, vocab]`, gathered on every rank."""
-        return self.logits_processor(self.lm_head, hidden)
+        """`[tokens, hidden]` to `[tokens, vocab]`, on every rank; minus infinity for what can't be drafted."""
+        return self.head.logits(hidden)
 
     def get_top_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
         """The arg-max of the logits, for two numbers per rank in a collective: `[tokens, hidden]` to `[tokens]`."""
-        return self.logits_processor.get_top_tokens(self.lm_head, hidden)
+        return self.head.top_tokens(hidden)
 
     def largest_share(self, plan: DraftPlan) -> int:
         """Layers of one group that live on this rank, at most."""

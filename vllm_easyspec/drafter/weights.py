@@ -90,10 +90,14 @@ def _shapes(shape: DrafterShape) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def _places(model: LayerParallelDrafter) -> Iterator[tuple[str, Place]]:
     """Every tensor that the checkpoint must hold, and what to do with it on this rank."""
-    embedding, head = model.embed_tokens.weight, model.lm_head.weight
-    yield "embed_tokens.weight", partial(embedding.weight_loader, embedding)
+    embedding, head = model.embed_tokens.weight, model.head
+    load_embedding = partial(embedding.weight_loader, embedding)
+    if head.is_embedding or not model.shape.tied_embeddings:
+        yield "embed_tokens.weight", load_embedding
+    else:
+        yield "embed_tokens.weight", partial(_each, load_embedding, head.load)
     if not model.shape.tied_embeddings:
-        yield "lm_head.weight", partial(head.weight_loader, head)
+        yield "lm_head.weight", head.load
     yield "norm.weight", model.final_norm.copy_
     for layer in range(model.shape.num_layers):
         for name, place in _attention_places(model, layer):
@@ -145,6 +149,11 @@ def _mlp_places(model: LayerParallelDrafter, layer: int) -> Iterator[tuple[str, 
 
 def _pass_over(tensor: torch.Tensor) -> None:
     """Another rank holds this tensor."""
+
+
+def _each(first: Place, second: Place, tensor: torch.Tensor) -> None:
+    first(tensor)
+    second(tensor)
 
 
 def _copy_rows(destination: torch.Tensor, tensor: torch.Tensor, rows: slice) -> None:

@@ -121,6 +121,7 @@ def _head(found: Findings, about: dict[str, Any], args: argparse.Namespace) -> l
         + ("by wall-clock:" if found.by_wall else "of the stages' time (calibrate, draft, verify):"),
         *(f"  batch size {size}: {_choice(found, size)}" for size in found.times),
         *([f"Engines one after another, by wall-clock: {_arms(found)}"] if found.baselines else []),
+        *_coverage(found),
         *(f"Mind: {warning}" for warning in found.warnings()),
         *(f"Not finished: {part}" for part in found.unfinished),
     ]
@@ -143,10 +144,14 @@ def _arms(found: Findings) -> str:
     return "; ".join(f"{name} {rates}" for name, rates in by_arm.items())
 
 
+def _coverage(found: Findings) -> list[str]:
+    return [] if found.coverage is None else [f"draft_vocabulary covers {found.coverage:.1%} of the target's answers"]
+
+
 def _summary(found: Findings, out: Path, report: Path | None) -> str:
     lines = [f"batch size {size:4}: {_choice(found, size)}" for size in found.times]
     lines += [f"engines one after another, by wall-clock: {_arms(found)}"] if found.baselines else []
-    lines += found.warnings()
+    lines += [*_coverage(found), *found.warnings()]
     lines += [f"not finished: {part}" for part in found.unfinished]
     lines += [f"{name} failed: {why}" for name, why in found.failed.items()]
     return "\n".join([*lines, f"Written: {out}" + (f", {report}" if report else "")])
@@ -168,6 +173,7 @@ def findings_json(found: Findings) -> dict[str, Any]:
             for one, acceptance in found.acceptance.items()
         ],
         "correction_by_k": found.correction,
+        "coverage_of_draft_vocabulary": found.coverage,
         "same_answers": found.same_answers,
         "times": [
             {"batch_size": size, "calibrate_ms": t.calibrate, "verify_ms": t.verify, "other_ms": t.other}

@@ -11,7 +11,8 @@ from vllm_easyspec.config import EasySpecConfig
 from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.tune.planner import Point, Range
 
-PATH_FIELDS = ("model", "lookahead")  # a value that begins with ./ or ../ counts from the file's folder
+# A value that begins with ./ or ../ counts from the file's folder.
+PATH_FIELDS = ("model", "lookahead", "draft_vocabulary")
 WRITTEN_HERE = ("method", "num_speculative_tokens", "num_speculative_tokens_per_batch_size", "layer_parallel")
 
 

@@ -30,6 +30,7 @@ from vllm_easyspec import support
 from vllm_easyspec.bench.engine import bind_cpus
 from vllm_easyspec.config import ConfigError, EasySpecConfig, load
 from vllm_easyspec.drafter.plan import SCOPES, DraftPlan
+from vllm_easyspec.drafter.vocabulary import DraftVocabulary
 from vllm_easyspec.tune.engine import WARM_ROUNDS, Engine, Prompt, TunedEngine, Window, changed, running
 from vllm_easyspec.tune.planner import (
     Point,
@@ -82,6 +83,7 @@ class Findings:
     costs: dict[DraftPlan, float] = field(default_factory=dict)  # the scores of the searched plans
     acceptance: dict[DraftPlan, list[float]] = field(default_factory=dict)  # by position
     correction: dict[int, float] = field(default_factory=dict)  # by K, see `planner.py`
+    coverage: float | None = None  # by `draft_vocabulary`, of the tokens of the answers
     same_answers: bool | None = None  # of all plans, token for token; None where answers are sampled
     times: dict[int, StageTimes] = field(default_factory=dict)  # by batch size
     confirmed: dict[int, dict[Point, Confirmed]] = field(default_factory=dict)  # by batch size
@@ -158,6 +160,7 @@ class Tuner:
         if self.max_drafts < least:
             raise ConfigError(f"max_drafts={self.max_drafts} is not allowed. Give at least {least}")
         shape = support.read_drafter(self.config.model, self.config.revision, self.config.code_revision)
+        self.vocab_size = shape.vocab_size
         untuned = {size: configured(self.config, size, shape.num_layers) for size in settings.batch_sizes}
         by_wall = settings.by_wall if settings.by_wall is not None else not current_platform.is_cpu()
         self.found = Findings(shape.num_layers, untuned, by_wall)
@@ -246,6 +249,8 @@ class Tuner:
             engine.use(point)
             answers = engine.answer(self.settings.prompts, params)
             stats = engine.rpc("easyspec_stats")
+            if self.found.coverage is None:
+                self.found.coverage = self._coverage(engine, answers)
             if point.num_drafts == self.max_drafts:
                 self.found.acceptance[point.plan] = stats["acceptance"]
             else:
@@ -254,6 +259,13 @@ class Tuner:
             if self.settings.temperature == 0:
                 expected = expected or answers
                 self.found.same_answers = answers == expected and self.found.same_answers is not False
+
+    def _coverage(self, engine: TunedEngine, answers: list[list[int]]) -> float | None:
+        if self.config.draft_vocabulary is None:
+            return None
+        special = support.special_tokens(engine.llm.model_config)
+        vocabulary = DraftVocabulary.of(self.config.draft_vocabulary, special, self.vocab_size)
+        return vocabulary.share_of(answers)[0] if vocabulary else 1.0
 
     def _fewer_drafts(self) -> list[int]:
         """The K, beside the largest, at which figures that depend on K are measured; others lie between."""

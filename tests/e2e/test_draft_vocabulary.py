@@ -1,0 +1,72 @@
+"""Engines that draft from a part of the vocabulary: the output stays the target's, the pages precise, the ranks alike.
+
+With sampled drafts: tests/e2e/test_sampling.py.
+"""
+
+import json
+
+import pytest
+from engines import (
+    AUDIT_LIMIT,
+    DRAFTER,
+    TARGET,
+    audited,
+    configure,
+    easyspec,
+    engine,
+    greedy,
+    mixed_prompts,
+    stats,
+    token_ids,
+)
+
+from vllm_easyspec.drafter.vocabulary import VocabularyFile
+from vllm_easyspec.tune.vocabulary import CountSettings, count
+
+pytestmark = pytest.mark.engine
+MOST_USED = 160  # of the 512 tokens, counted in the target's own answers
+SMALL = ["--dtype=float32", "--block-size=32", f"--kv-cache-memory-bytes={1 << 28}", "--enforce-eager"]
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory):
+    """The file that `vllm-easyspec fit` writes from the target's answers, and its report."""
+    folder = tmp_path_factory.mktemp("vocabulary")
+    text, output = folder / "text.jsonl", folder / "vocabulary.json"
+    text.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in mixed_prompts()))
+    settings = CountSettings(MOST_USED, tokens=16 * 60, answer_tokens=60)
+    return output, count(str(DRAFTER), [text], output, settings, str(TARGET), SMALL)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1rank", "2ranks"])
+def llm(request, counted, target_alone):
+    config = easyspec(draft_vocabulary=str(counted[0]), layer_parallel={"mlp": "tensor"})
+    with engine(speculative_config=config, tensor_parallel_size=request.param) as llm:
+        yield llm
+
+
+def test_the_file_says_how_it_was_made(counted, target_alone):
+    path, about = counted
+    file = VocabularyFile.read(str(path))
+    assert file.about == {name: about[name] for name in file.about}
+    assert MOST_USED <= len(file.ids) == about["tokens"] < MOST_USED + 5, "and special tokens"
+    assert 0.8 * 16 * 60 < about["counted_tokens"] <= 16 * 60
+    answers = [index for answer in target_alone[60] for index in answer]
+    assert sum(index in file.ids for index in answers) > 0.85 * len(answers)
+    assert about["coverage"] > about["coverage_of_lowest_ids"] > 0
+
+
+@pytest.mark.parametrize("scope", ["attention", "block"])
+def test_output_is_the_targets(llm, target_alone, counted, scope):
+    outside = {index for answer in target_alone[60] for index in answer} - set(VocabularyFile.read(str(counted[0])).ids)
+    assert outside, "the target must also write what can't be drafted"
+    configure(llm, scope=scope, plan="1-4-4-1", num_speculative_tokens=5)
+    assert token_ids(llm, mixed_prompts(), greedy(60)) == target_alone[60]
+    drafted = stats(llm)[0]
+    assert drafted["accepted_at"][0] > 0.3 * drafted["verified"] > 0 < drafted["accepted_at"][4]
+
+
+def test_audit_is_clean_mid_flight(llm):
+    configure(llm, scope="block", plan="1-8-1", num_speculative_tokens=8)
+    llm.reset_prefix_cache()
+    assert max(audited(llm, mixed_prompts())) < AUDIT_LIMIT

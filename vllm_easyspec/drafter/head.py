@@ -1,0 +1,52 @@
+"""`DraftHead`: the rows of the LM head that may be drafted, and the way from a row back to its token."""
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+from vllm_easyspec.drafter.architectures import DrafterShape
+from vllm_easyspec.drafter.vocabulary import DraftVocabulary
+
+
+class DraftHead(nn.Module):
+    """Rows are cut evenly over the ranks; the product is that of `lm_head.quant_method`, as everywhere in vLLM."""
+
+    tokens: torch.Tensor | None  # [rows] int64, ascending: the token of each row; None where row and token are one
+
+    def __init__(
+        self, shape: DrafterShape, embedding: VocabParallelEmbedding, vocabulary: DraftVocabulary | None, prefix: str
+    ):
+        """vocabulary: None for all tokens, whose rows are then the embedding's where the drafter ties the two."""
+        super().__init__()
+        rows = shape.vocab_size if vocabulary is None else len(vocabulary.ids)
+        self.vocab_size = shape.vocab_size
+        self.lm_head = ParallelLMHead(rows, shape.hidden_size, prefix=prefix)
+        self.is_embedding = vocabulary is None and shape.tied_embeddings
+        if self.is_embedding:
+            self.lm_head = self.lm_head.tie_weights(embedding)
+        self.logits_processor = LogitsProcessor(rows)
+        tokens = None if vocabulary is None else torch.tensor(vocabulary.ids)
+        self.register_buffer("tokens", tokens, persistent=False)
+
+    def load(self, matrix: torch.Tensor) -> None:
+        """Take this rank's rows of the checkpoint's LM head, `[vocab, hidden]`."""
+        rows = matrix if self.tokens is None else matrix[self.tokens.to(matrix.device)]
+        self.lm_head.weight_loader(self.lm_head.weight, rows)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[tokens, hidden]` to `[tokens, vocab]`, on every rank; minus infinity for what can't be drafted."""
+        logits = self.logits_processor(self.lm_head, hidden)
+        if self.tokens is None:
+            return logits
+        everything = logits.new_full((logits.shape[0], self.vocab_size), float("-inf"))
+        return everything.index_copy_(1, self.tokens, logits)
+
+    def top_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The arg-max of the logits, for two numbers per rank in a collective: `[tokens, hidden]` to `[tokens]`."""
+        rows = self.logits_processor.get_top_tokens(self.lm_head, hidden)
+        return rows if self.tokens is None else self.tokens[rows]
+
+    def describe(self) -> str:
+        """How many tokens may be drafted."""
+        return "all tokens" if self.tokens is None else f"{len(self.tokens):,} of {self.vocab_size:,} tokens"

@@ -1,0 +1,138 @@
+"""`vllm-easyspec fit --vocabulary N`: the N tokens that a drafter needs most, counted.
+
+In the target's own greedy answers where a target is given, since these are what drafts must hit; text counts where
+answers leave off, and lower ids, the more frequent ones of a BPE tokenizer, where text does.
+"""
+
+import hashlib
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from vllm_easyspec.bench import BenchmarkError
+from vllm_easyspec.bench.engine import bind_cpus
+from vllm_easyspec.bench.prompts import read_prompts
+from vllm_easyspec.config import ConfigError
+from vllm_easyspec.drafter.vocabulary import (
+    DraftVocabulary,
+    VocabularyFile,
+    check_number,
+    special_ids,
+    tokenizer_hash,
+)
+from vllm_easyspec.support import read_drafter, read_tokenizer
+from vllm_easyspec.tune.engine import Engine, running
+from vllm_easyspec.tune.fit import read_texts
+
+Documents = Sequence[Sequence[int]]
+PIECE = 256  # tokens of a document: long texts are cut
+HELD_OUT = 5  # every fifth document judges the vocabulary that the others give
+
+
+@dataclass(frozen=True)
+class CountSettings:
+    """tokens: of answers to let the target write, in all; answer_tokens: of one answer; prompt_tokens: of a prompt."""
+
+    size: int
+    tokens: int = 40_000
+    answer_tokens: int = 128
+    prompt_tokens: int = 256
+    ranks: int = 1  # of the target
+
+
+def count(
+    drafter: str,
+    texts: Sequence[Path],
+    output: Path,
+    settings: CountSettings,
+    target: str | None = None,
+    engine_arguments: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Write a `VocabularyFile` to `output`, and return what it says of itself.
+
+    engine_arguments: vLLM's options for the target. Raises `ConfigError` or `BenchmarkError` for what can't be used.
+    """
+    vocab_size = read_drafter(drafter, revision=None).vocab_size
+    check_number(settings.size, vocab_size)
+    tokenizer = read_tokenizer(drafter, None, vocab_size)
+    if tokenizer is None:
+        raise ConfigError(f"--drafter {drafter} has no tokenizer. Give a folder that holds one")
+    text = [ids for path in texts for ids in _pieces(path, drafter, tokenizer)]
+    answers = _answers(target, text, settings, engine_arguments) if target else []
+    counted = answers or text
+    if len(counted) < 2 * HELD_OUT:
+        raise ConfigError(f"--text holds {len(counted)} pieces, and at least {2 * HELD_OUT} are needed. Give more text")
+    special = {index for index in special_ids(tokenizer) if index < vocab_size}
+    judged = most_used(_others(counted), _others(text), settings.size, vocab_size)
+    lowest = range(settings.size)
+    held_out = counted[::HELD_OUT]
+    about: dict[str, Any] = {
+        "drafter": drafter,
+        "target": target,
+        "settings": asdict(settings),
+        "text": [{"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in texts],
+        "counted_tokens": sum(map(len, counted)),
+        "held_out_tokens": sum(map(len, held_out)),
+        "coverage": DraftVocabulary(tuple({*judged, *special}), vocab_size).share_of(held_out)[0],
+        "coverage_of_lowest_ids": DraftVocabulary(tuple({*lowest, *special}), vocab_size).share_of(held_out)[0],
+    }
+    ids = sorted({*most_used(counted, text, settings.size, vocab_size), *special})
+    hashed = tokenizer_hash(tokenizer.get_vocab())
+    VocabularyFile(tokenizer=hashed, vocab_size=vocab_size, ids=ids, about=about).write(output)
+    return about | {"tokens": len(ids), "vocab_size": vocab_size}
+
+
+def most_used(first: Documents, then: Documents, size: int, vocab_size: int) -> list[int]:
+    """The `size` ids that occur most in `first`; of equal ones those that occur most in `then`, then the lowest."""
+    counts, ties = (Counter(index for ids in documents for index in ids) for documents in (first, then))
+    return sorted(range(vocab_size), key=lambda index: (-counts[index], -ties[index], index))[:size]
+
+
+def _others(documents: Documents) -> Documents:
+    """All but the held-out ones."""
+    return [ids for number, ids in enumerate(documents) if number % HELD_OUT]
+
+
+def _pieces(path: Path, model: str, tokenizer: Any) -> Iterator[Sequence[int]]:
+    """A file's documents, of at most `PIECE` tokens each: prompts of a JSONL file, a plain text as a whole."""
+    if path.suffix == ".jsonl":
+        documents = read_prompts(path, model)
+    else:
+        documents = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in read_texts([path])]
+    for ids in documents:
+        for start in range(0, len(ids), PIECE):
+            yield ids[start : start + PIECE]
+
+
+def _answers(target: str, text: Documents, settings: CountSettings, engine_arguments: Sequence[str]) -> Documents:
+    """What the target writes after prompts spread evenly over the text."""
+    wanted = min(len(text), -(-settings.tokens // settings.answer_tokens))
+    prompts = [list(text[number * len(text) // wanted][: settings.prompt_tokens]) for number in range(wanted)]
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm-easyspec fit ... --"))
+    arguments = EngineArgs.from_cli_args(parser.parse_args(list(engine_arguments)))
+    arguments.model, arguments.tensor_parallel_size = target, settings.ranks
+    arguments.max_model_len = arguments.max_model_len or settings.prompt_tokens + settings.answer_tokens
+    arguments.disable_log_stats = True
+    params = SamplingParams(temperature=0, max_tokens=settings.answer_tokens, detokenize=False)
+    bind_cpus(settings.ranks)
+    answers: list[list[int]] = []
+    try:
+        with (
+            running(Engine(arguments, in_process=False)) as engine,
+            tqdm(total=wanted, desc="answers", unit="prompt", file=sys.stderr) as bar,
+        ):
+            for start in range(0, wanted, 64):
+                some = [{"prompt_token_ids": ids} for ids in prompts[start : start + 64]]
+                answers += engine.answer(some, params)
+                bar.update(len(some))
+    except (RuntimeError, ValueError) as error:
+        raise BenchmarkError(f"--target {target} can't be asked: {' '.join(str(error).split()):.300}") from error
+    return [ids for ids in answers if ids]
