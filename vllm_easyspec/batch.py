@@ -1,4 +1,4 @@
-"""`DraftBatch`: everything that a round of drafting needs from vLLM, adapted once, frozen."""
+"""`DraftBatch`: everything that a round of drafting needs from vLLM, converted once, frozen."""
 
 from dataclasses import dataclass
 
@@ -11,19 +11,19 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 class DraftBatch:
     """One engine step after the target's forward pass and sampling.
 
-    A request is *prefilling* while the target works through tokens that it was given (its prompt, and after a
-    preemption also its own earlier output); otherwise it is *decoding*: its step held the token sampled last round,
-    followed by drafts, and the drafter has precise K/V for the former already.
+    A request is *prefilling* while the target reads tokens that it was given: the prompt, and after a preemption also
+    the request's earlier output. Otherwise it is *decoding*: its step held the token sampled in the last round, for
+    which the drafter has precise K/V already, followed by drafts.
     """
 
     num_reqs: int
     num_drafts: int  # K of this round, 0 included
     idx_mapping: torch.Tensor  # [reqs] int64: the request's index in vLLM's request state; -1 in a dummy batch
     input_ids: torch.Tensor  # [tokens] int32: what the target just read, rejected drafts included
-    query_starts: torch.Tensor  # [reqs] int64: a request's first token in input_ids
-    start_positions: torch.Tensor  # [reqs] int64: and its position
-    num_valid: torch.Tensor  # [reqs] int64: leading tokens of the request that stand (all but rejected drafts)
-    sampled: torch.Tensor  # [reqs] bool: the target sampled a token (not so in the middle of a chunked prompt)
+    query_starts: torch.Tensor  # [reqs] int64: the request's first token in input_ids
+    start_positions: torch.Tensor  # [reqs] int64: the position of that token
+    num_valid: torch.Tensor  # [reqs] int64: tokens of the request that are kept, all but rejected drafts
+    sampled: torch.Tensor  # [reqs] bool: the target sampled a token; false in the middle of a chunked prompt
     newest: torch.Tensor  # [reqs] int64: that token
     block_table: torch.Tensor  # [reqs, width] int32
     query_lens: np.ndarray  # [reqs] int32, host: tokens that the target read
@@ -66,16 +66,16 @@ class DraftBatch:
 
 @dataclass(frozen=True)
 class DraftBounds:
-    """What a round can't exceed."""
+    """Limits of a round."""
 
     max_drafts: int  # K, the configured one
     max_len: int  # positions that the drafter may hold, `[0, max_len)`
-    # Graphs serve requests beyond `max_len` too: where the target's context is longer, a request may live on beyond the
-    # drafter's, and must not slow the others down.
+    # Graphs also serve requests beyond `max_len`: where the target's context is longer than the drafter's, a request
+    # may go on beyond the latter, and must not slow the others down.
     graphs_test_room: bool
 
     def has_room(self, batch: DraftBatch) -> bool:
-        """The host knows that no request's context fills up in this round."""
+        """Whether the host can tell that no request reaches `max_len` in this round."""
         return self.max_seq_len(batch) < self.max_len
 
     def max_seq_len(self, batch: DraftBatch) -> int:

@@ -1,9 +1,9 @@
 """`DraftLoop`: the passes of a round, calibration and `K-1` fuzzy steps, each eager or replayed from a CUDA graph.
 
-Both ways run the same functions. What a graph reads lies in buffers that are never replaced; what it computes on the
-way lives in the graphs' memory pool. Round `n` of a request, newest token at position `P`: the calibration pass has
-made every position up to `P` precise and gives draft 1; fuzzy step `j` reads draft `j` at position `P + j`, writes its
-fuzzy K/V there, and gives draft `j + 1`.
+Both ways run the same functions. A graph's inputs are in buffers that are never replaced, its intermediate results in
+the graphs' memory pool. In a round of a request whose newest token is at position `P`, the calibration pass makes every
+position up to `P` precise and gives draft 1; fuzzy step `j` reads draft `j` at position `P + j`, writes its fuzzy K/V
+there, and gives draft `j + 1`.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,11 +22,13 @@ from vllm_easyspec.metrics import PassCounters
 from vllm_easyspec.uncalibrated import Span
 
 # Samples draft `index` of the first `num_reqs` requests: (index, hidden states, positions, num_reqs, test_room).
-# test_room: some position may lie beyond the drafter's context, where there is nothing to sample.
+# test_room: some position may be beyond the drafter's context, where there is nothing to sample.
 Sample = Callable[[int, torch.Tensor, torch.Tensor, int, bool], None]
 
 
 class DraftLoop:
+    """Runs the passes of a round for one rank. It owns the buffers that graphs read."""
+
     def __init__(
         self,
         model: LayerParallelDrafter,
@@ -49,29 +51,30 @@ class DraftLoop:
         device = draft_tokens.device
         self.positions = torch.zeros(max_reqs, dtype=torch.int64, device=device)  # of the newest token or draft
         self.live = torch.zeros(max_reqs, dtype=torch.bool, device=device)
-        # What a calibration graph reads of a DraftBatch: start_positions, num_valid, sampled, newest; and input_ids.
+        # A calibration graph's inputs from a DraftBatch: start_positions, num_valid, sampled, newest.
         self.requests = torch.zeros(4, max_reqs, dtype=torch.int64, device=device)
-        # Final hidden states of the newest tokens, which the first step's look-ahead maps read.
+        # Final hidden states of the newest tokens: the first step's look-ahead maps read them.
         self.newest = torch.zeros(max_reqs, model.shape.hidden_size, dtype=model.dtype, device=device)
         self.read_ids = torch.zeros(max_reqs * (max_drafts + 1), dtype=torch.int32, device=device)
-        self.no_requests = torch.full((max_reqs,), -1, dtype=torch.int64, device=device)  # a graph knows none of vLLM's
-        self.layouts: dict[tuple[int, int], CalibrationLayout] = {}  # of graphs, which read them: (requests, query_len)
+        # Graphs have no indices in vLLM's request state.
+        self.no_requests = torch.full((max_reqs,), -1, dtype=torch.int64, device=device)
+        self.layouts: dict[tuple[int, int], CalibrationLayout] = {}  # that graphs read, by (requests, query_len)
 
     # ---- eager ----
 
     def calibrate(self, batch: DraftBatch, test_room: bool = False, ablation: DraftPlan | None = None) -> None:
-        """One precise pass over the new tokens, then draft 1. ablation: a plan for the generated ones instead."""
+        """One precise pass over the new tokens, then draft 1. ablation: a plan for generated tokens in place of it."""
         self.positions[batch.num_reqs :] = -1  # requests that may pad a draft graph
         self.live[batch.num_reqs :] = False
-        # Padding tokens may reach past the longest request, hence the further columns.
-        further = 1 + self.draft_tokens.shape[1] // self.pages.block_size
-        batch = replace(batch, block_table=torch.nn.functional.pad(batch.block_table, (0, further)))
+        # Padding tokens may reach past the longest request, hence more columns.
+        more = 1 + self.draft_tokens.shape[1] // self.pages.block_size
+        batch = replace(batch, block_table=torch.nn.functional.pad(batch.block_table, (0, more)))
         step = self.calibration.plan(batch)
         if ablation is None or batch.prefilling.all():
             hidden = self._pass(step, self.precise)
         elif not batch.prefilling.any():
             hidden = self._pass(step, ablation)
-        else:  # prompts are read precisely, generated tokens keep fuzzy K/V
+        else:  # prompts get precise K/V, generated tokens keep fuzzy K/V
             precise = self._pass(self.calibration.only(step, batch, prefilling=True), self.precise)
             fuzzy = self._pass(self.calibration.only(step, batch, prefilling=False), ablation)
             prefilling = torch.from_numpy(batch.prefilling).to(precise.device)
@@ -93,7 +96,7 @@ class DraftLoop:
         lookahead: bool = False,
         test_room: bool = False,
     ) -> None:
-        """Drafts 2 to `num_drafts`. max_seq_len: bound on the sequence lengths; lookahead: take the maps."""
+        """Drafts 2 to `num_drafts`. max_seq_len: upper bound on the sequence lengths; lookahead: use the maps."""
         positions = self.positions[:num_reqs]
         attention = DecodePass(
             self.pages,
@@ -124,17 +127,17 @@ class DraftLoop:
     # ---- from graphs ----
 
     def record(self, graphs: DraftGraphs, wanted: list[DraftGraph], test_room: bool = False) -> None:
-        """Capture the graphs. No page is written: no request is live while they are recorded."""
+        """Capture the graphs. No page is written meanwhile, since no request is live."""
         self.positions.fill_(-1)
         self.live.zero_()
         self.requests.zero_()
         for graph in wanted:
             if graph.stage == "calibrate":
-                self._layout(graph)  # copied from the host, so before the capture
+                self._layout(graph)  # copied from the host, which a capture can't do
         graphs.record(wanted, lambda graph: self._run(graph, test_room))
 
     def load(self, batch: DraftBatch, graph: DraftGraph) -> None:
-        """Put what a calibration graph reads where it reads it. Requests that pad the graph have position -1."""
+        """Copy the batch to where a calibration graph reads it. Requests that pad the graph have position -1."""
         reqs, tokens = batch.num_reqs, batch.num_reqs * graph.query_len
         fields = (batch.start_positions, batch.num_valid, batch.sampled.long(), batch.newest)
         torch.stack(fields, out=self.requests[:, :reqs])
@@ -151,7 +154,7 @@ class DraftLoop:
         else:
             assert graph.plan is not None
             self.draft(reqs, graph.num_drafts, graph.plan, max_len, graph.lookahead, test_room)
-        counted, self.model.counters = self.model.counters, PassCounters()  # later passes count elsewhere
+        counted, self.model.counters = self.model.counters, PassCounters()  # of the next pass
         return counted
 
     def _layout(self, graph: DraftGraph) -> CalibrationLayout:
@@ -162,7 +165,7 @@ class DraftLoop:
         return self.layouts[key]
 
     def _graph_batch(self, graph: DraftGraph) -> DraftBatch:
-        """The batch that `load` describes, as views of the buffers."""
+        """The batch that `load` copied, as views of the buffers."""
         reqs = graph.num_reqs or 0
         start_positions, num_valid, sampled, newest = self.requests[:, :reqs]
         live = sampled > 0

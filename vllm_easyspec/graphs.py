@@ -1,4 +1,4 @@
-"""CUDA graphs of the passes of a round, kept by vLLM's own manager: what to capture, and which graph fits a round."""
+"""CUDA graphs of a round's passes, in a manager derived from vLLM's: what to capture, and which graph fits a round."""
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
@@ -27,11 +27,11 @@ Stage = Literal["calibrate", "draft"]
 
 @dataclass(frozen=True)
 class DraftGraph(BatchExecutionDescriptor):
-    """What one graph holds: a stage of a round for `num_reqs` requests, padding included."""
+    """Identifies a graph: a stage of a round for `num_reqs` requests, padding included."""
 
     stage: Stage = "draft"
-    query_len: int = 1  # calibrate: tokens that the target read of each request
-    num_drafts: int = 1  # draft: K of the round; calibrate: 1, the first draft
+    query_len: int = 1  # calibrate: tokens per request that the target read
+    num_drafts: int = 1  # draft: K of the round; calibrate: 1
     plan: DraftPlan | None = None  # draft
     lookahead: bool = False  # draft
 
@@ -55,14 +55,14 @@ class DraftGraph(BatchExecutionDescriptor):
 class DraftGraphs(CudaGraphManager):
     """Graphs for vLLM's capture sizes, as numbers of requests, and for a full batch.
 
-    vLLM drops and remakes it around memory profiling.
+    vLLM drops it after memory profiling and makes another.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, mode: CUDAGraphMode):
         super().__init__(vllm_config, device, mode, decode_query_len=1)
         sizes = {desc.num_reqs or 0 for desc in self._capture_descs.get(CUDAGraphMode.FULL, [])}
         self.max_tokens = self.compilation_config.max_cudagraph_capture_size or 0
-        # vLLM's sizes are a grid of tokens; a full batch is the one that most needs a graph.
+        # vLLM's sizes are numbers of tokens and may miss the full batch, which needs a graph most.
         self.sizes = sorted(sizes | {min(self.max_num_reqs, self.max_tokens)}) if sizes else []
         self.counters: dict[BatchExecutionDescriptor, PassCounters] = {}
 
@@ -73,11 +73,11 @@ class DraftGraphs(CudaGraphManager):
         return next((size for size in self.sizes if size >= num_reqs), 0)
 
     def padded_to(self, size: int) -> range:
-        """The numbers of requests that take this capture size."""
+        """The numbers of requests that are padded to this capture size."""
         return range(max((smaller for smaller in self.sizes if smaller < size), default=0) + 1, size + 1)
 
     def for_calibration(self, batch: DraftBatch, settings: DraftSettings, bounds: DraftBounds) -> DraftGraph | None:
-        """The captured graph for a batch whose requests all decode, with as many tokens each, and are to draft."""
+        """The captured graph for a batch whose requests all decode, each with the same number of tokens, and draft."""
         query_len = int(batch.query_lens[0])
         is_uniform = not batch.prefilling.any() and (batch.query_lens == query_len).all()
         if not is_uniform or batch.num_drafts == 0 or settings.calibration == "never" or not bounds.has_room(batch):
@@ -97,7 +97,7 @@ class DraftGraphs(CudaGraphManager):
     def wanted(
         self, batch_sizes: Collection[int], num_drafts: Collection[int], settings: DraftSettings
     ) -> list[DraftGraph]:
-        """The graphs that rounds of these batch sizes and of these K may take."""
+        """The graphs that rounds of these batch sizes and these K may need."""
         wanted: dict[DraftGraph, None] = {}
         sizes = {self.padded(size) for size in batch_sizes} - {0}
         for size, k in product(sizes, num_drafts):
@@ -111,7 +111,7 @@ class DraftGraphs(CudaGraphManager):
     # ---- capture and replay ----
 
     def record(self, wanted: Iterable[DraftGraph], run: Callable[[DraftGraph], PassCounters]) -> None:
-        """Capture what is not captured yet. run: the graph's passes; returns what they counted."""
+        """Capture what is not captured yet. run: runs a graph's passes and returns their counts."""
         missing = [graph for graph in wanted if graph not in self.graphs]
         if not missing:
             return
@@ -122,13 +122,13 @@ class DraftGraphs(CudaGraphManager):
 
             return forward
 
-        # Largest first, so that the smaller ones fit into the memory pool that it makes.
+        # Largest first, so that the smaller ones fit into its memory pool.
         missing.sort(key=lambda graph: graph.num_tokens, reverse=True)
         self._capture_descs = {CUDAGraphMode.FULL: missing}  # type: ignore[dict-item]
         self.capture(create_forward_fn, "Capturing the drafter's CUDA graphs")  # type: ignore[arg-type]
 
     def replay(self, graph: DraftGraph) -> PassCounters:
-        """Returns what the graph's passes count."""
+        """Run the graph. Returns the counts of its passes."""
         self.run_fullgraph(graph)
         return self.counters[graph]
 
@@ -141,10 +141,10 @@ def open_graphs(
     support: AttentionCGSupportInfo,
     refreshes_metadata: bool,
 ) -> DraftGraphs | None:
-    """An empty manager, or None where a rank of the drafter can't be captured. All ranks must call it together.
+    """An empty manager, or None where some rank's drafter can't be captured. All ranks must call it together.
 
-    target_mode: of the target's graphs; support: of the drafter's attention on this rank; refreshes_metadata: whether
-    that attention renews its metadata on the device.
+    target_mode: mode of the target's graphs; support: what this rank's attention backend supports; refreshes_metadata:
+    whether that backend can refresh its metadata on the device.
     """
     reason = None
     if target_mode.decode_mode() != CUDAGraphMode.FULL:
@@ -155,7 +155,7 @@ def open_graphs(
         reason = f"the attention backend {support.min_cg_attn_backend} can't be captured for it"
     elif not refreshes_metadata:
         reason = "the attention backend can't refresh its metadata on the device"
-    # A rank without a drafter layer has no backend that could object; captures hold collectives, so all or none.
+    # Graphs contain collectives, so all ranks capture or none; a rank without a drafter layer has no backend to ask.
     reasons: list[str | None] = [None] * get_tp_group().world_size
     torch.distributed.all_gather_object(reasons, reason, group=get_tp_group().cpu_group)
     objection = next(filter(None, reasons), None)

@@ -59,7 +59,7 @@ class StageClock:
         self.open[stage] = self._now()
 
     def stop(self, stage: str) -> None:
-        """Ends the stage's running time. A stage that was not started (a dummy run in between) is not counted."""
+        """End the stage's measurement. A stage that was not started (a dummy run in between) is not counted."""
         began = self.open.pop(stage, None)
         if began is not None:
             spans = self.spans[stage]
@@ -94,21 +94,21 @@ class DraftStatistics:
         self.rounds = 0
         self.rounds_by_plan: Counter[tuple[int, DraftPlan]] = Counter()  # by K, 0 included
         self.paused_rounds = 0  # of K = 0, in which the drafter read nothing
-        self.caught_up_tokens = 0  # read later for them
+        self.caught_up_tokens = 0  # that paused rounds had skipped and later rounds read
         self.eager_rounds = 0  # rounds whose fuzzy steps did not come from a graph
         self.replays = 0
-        # Decoding requests by tokens that stood in their step (1 to K + 1); their drafts untested [0] and tested [1].
-        self.stood = torch.zeros(2, self.max_drafts + 2, dtype=torch.int64, device=self.device)
+        # Decoding requests by the tokens of their step that were kept (1 to K + 1); without drafts [0] and with [1].
+        self.by_kept_tokens = torch.zeros(2, self.max_drafts + 2, dtype=torch.int64, device=self.device)
         self.ones = torch.ones(1, dtype=torch.int64, device=self.device)
         self.calibrated_prefill_tokens = torch.zeros((), dtype=torch.int64, device=self.device)
         self.paused_decode_tokens = torch.zeros((), dtype=torch.int64, device=self.device)
 
     def count_round(self, batch: DraftBatch, tested: np.ndarray, paused: bool) -> None:
-        """tested: `[reqs] bool`, requests that the target read drafts of. Never waits for the device."""
+        """tested: `[reqs] bool`, requests whose drafts the target tested. Never waits for the device."""
         self.rounds += 1
         self.paused_rounds += paused
         if not batch.prefilling.any() and tested.all():
-            self.stood[1].scatter_add_(0, batch.num_valid, self.ones.expand(batch.num_reqs))
+            self.by_kept_tokens[1].scatter_add_(0, batch.num_valid, self.ones.expand(batch.num_reqs))
             if paused:
                 self.paused_decode_tokens += batch.num_valid.sum()
             return
@@ -118,16 +118,16 @@ class DraftStatistics:
             self.paused_decode_tokens += (batch.num_valid * ~prefilling).sum()
         else:
             self.calibrated_prefill_tokens += ((batch.num_valid + batch.sampled) * prefilling).sum()
-        cells = read_drafts * self.stood.shape[1] + batch.num_valid.clamp(max=self.max_drafts + 1)
-        self.stood.view(-1).scatter_add_(0, cells * ~prefilling, (~prefilling).long())
+        cells = read_drafts * self.by_kept_tokens.shape[1] + batch.num_valid.clamp(max=self.max_drafts + 1)
+        self.by_kept_tokens.view(-1).scatter_add_(0, cells * ~prefilling, (~prefilling).long())
 
     def snapshot(self) -> dict:
         """Plain numbers for an RPC reply: acceptance by position; tokens per round, the target's own included."""
-        untested, tested = self.stood.tolist()
+        untested, tested = self.by_kept_tokens.tolist()
         verified = sum(tested)
-        # Of n tokens that stood, the first was sampled a round before, the others are accepted drafts.
+        # Of n kept tokens the first was sampled a round before, the others are accepted drafts.
         accepted = [sum(tested[index + 2 :]) for index in range(self.max_drafts)]
-        calibrated = sum(stood * (a + b) for stood, (a, b) in enumerate(zip(untested, tested, strict=True)))
+        calibrated = sum(kept * (a + b) for kept, (a, b) in enumerate(zip(untested, tested, strict=True)))
         return {
             "rounds": self.rounds,
             "rounds_by_plan": [

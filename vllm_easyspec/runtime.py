@@ -1,7 +1,7 @@
-"""`DrafterRuntime`: one rank's drafter with pages to run on. Who drafts, in an engine or without one, builds it here.
+"""`DrafterRuntime`: one rank's drafter with its K/V pages, in an engine or without one.
 
-The order is vLLM's: `draft_vllm_config`, `load_drafter`, then vLLM lays out and binds K/V pages, with metadata builders
-for `virtual_batch_config`; then `build_runtime`, and that again whenever vLLM binds other pages.
+It is built in vLLM's order: `draft_vllm_config` and `load_drafter`; then vLLM lays out and binds the K/V pages, with
+metadata builders made for `virtual_batch_config`; then `build_runtime`, again whenever vLLM binds other pages.
 """
 
 import copy
@@ -53,7 +53,7 @@ class DrafterRuntime:
         self.statistics = statistics
         device = statistics.device
         self.uncalibrated = UncalibratedBlocks(pages.num_blocks, pages.block_size, bounds.max_len, device)
-        # Weak: vLLM drops its managers after memory profiling, and means to have their memory back.
+        # Weak: vLLM drops its graph managers after memory profiling to get their memory back.
         self._graphs = None if graphs is None else weakref.ref(graphs)
 
     @property
@@ -98,9 +98,9 @@ class DrafterRuntime:
         )
 
     def catch_up(self, batch: DraftBatch, req_ids: Sequence[str], budget: int, token_ids: torch.Tensor) -> None:
-        """Calibrate what paused rounds left uncalibrated, about `budget` tokens of it.
+        """Calibrate what paused rounds left uncalibrated, up to about `budget` tokens.
 
-        token_ids: `[max reqs, positions] int32`, of each request in vLLM's request state.
+        token_ids: `[max reqs, positions] int32`, by index in vLLM's request state.
         """
         spans = self.uncalibrated.spans_to_calibrate(batch, req_ids, budget)
         if spans:
@@ -111,7 +111,7 @@ class DrafterRuntime:
     # ---- graphs ----
 
     def capture(self, batch_sizes: Collection[int], num_drafts: Collection[int], settings: DraftSettings) -> None:
-        """Record what is missing of the graphs for these batch sizes and these K. Without graphs it does nothing."""
+        """Record the graphs for these batch sizes and these K that are not recorded yet. Without graphs, do nothing."""
         if self.graphs is not None:
             wanted = self.graphs.wanted(batch_sizes, num_drafts, settings)
             self.loop.record(self.graphs, wanted, self.bounds.graphs_test_room)
@@ -156,7 +156,7 @@ def draft_vllm_config(config: VllmConfig, options: RuntimeOptions) -> VllmConfig
     spec = config.speculative_config
     model_config = copy.copy(config.model_config if spec is None else spec.draft_model_config)
     model_config.hf_config = copy.deepcopy(model_config.hf_config)
-    # vLLM picks the class by the first name that it knows; the drafter reads its family from the rest.
+    # vLLM takes the first architecture that it knows; the drafter reads its family from the others.
     model_config.hf_config.architectures = [DRAFTER_ARCHITECTURE, *model_config.hf_config.architectures]
     if spec is None:
         config = copy.copy(config)
@@ -191,13 +191,13 @@ def load_drafter(
 
 
 def virtual_batch_config(config: VllmConfig, model: LayerParallelDrafter) -> VllmConfig:
-    """For the virtual batch's metadata builders: whole heads, and a sequence for each layer of a request."""
+    """The configuration for the virtual batch's metadata builders: a sequence for each layer of a request."""
     layers = max(1, len(model.local_layers))
     config = copy.copy(config)
     config.scheduler_config = copy.copy(config.scheduler_config)
     config.scheduler_config.max_num_seqs *= layers
-    # Beyond this many tokens FlashAttention 3 chooses its splits by heuristics that a graph can't hold. `PagedKV`
-    # takes the allowance back from calibration's longer passes, which are not captured.
+    # Beyond this many tokens FlashAttention 3 chooses its splits by heuristics that a graph can't record. `PagedKV`
+    # undoes this for calibration's longer passes, which are not captured.
     compilation = config.compilation_config = copy.copy(config.compilation_config)
     if compilation.max_cudagraph_capture_size:
         compilation.max_cudagraph_capture_size *= layers
@@ -217,7 +217,7 @@ def build_runtime(
     graphs: DraftGraphs | None,
     keeps_logits: bool = False,
 ) -> DrafterRuntime:
-    """The runtime over the pages that vLLM has bound.
+    """The runtime for the pages that vLLM has bound.
 
     vllm_config: the engine's; attention_groups: of the drafter's layers here; num_blocks, block_size: of the K/V cache;
     block_table: `[max reqs, width] int32`, refilled by its owner; draft_tokens: `[max reqs, K] int64`, which
@@ -232,10 +232,10 @@ def build_runtime(
         block_size,
         vllm_config.compilation_config.max_cudagraph_capture_size or 0,
     )
-    # Not before: vLLM may have fitted the target's length to the memory.
+    # Read only now: vLLM may have fitted the target's length to the memory.
     target_len, spec = vllm_config.model_config.max_model_len, vllm_config.speculative_config
     max_len = min(target_len, spec.draft_model_config.max_model_len) if spec else target_len
-    # With logits of drafts kept, requests that pad a graph would write over others' logits.
+    # Where logits of drafts are kept, requests that pad a graph would overwrite those of others.
     bounds = DraftBounds(draft_tokens.shape[1], max_len, max_len < target_len and not keeps_logits)
     calibration = CalibrationScheduler(model.shape.vocab_size, max_len, block_size, draft_tokens.device)
     loop = DraftLoop(model, pages, calibration, block_table, draft_tokens, sample)

@@ -1,4 +1,4 @@
-"""`LiveSettings`: what may be changed in a running engine, from one round to the next, and the checks of a change."""
+"""`LiveSettings`: what may be changed in a running engine between two rounds, and the checks of a change."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ class DraftSettings:
     plans: PlanTable
     num_drafts: int  # K, at most the configured one
     calibration: Calibration = "every_round"
-    lookahead: bool = False  # whether groups take their look-ahead maps
+    lookahead: bool = False  # whether groups use their look-ahead maps
 
     def to_json(self) -> dict[str, Any]:
         """For the reply of an RPC. The plan is that of the largest batches."""
@@ -34,7 +34,7 @@ class DraftSettings:
 
 
 class LiveSettings:
-    """The settings that hold now. A round reads `current` once."""
+    """The settings in force. A round reads `current` once."""
 
     def __init__(self, configured: DraftSettings, lookahead_file: LookaheadFile | None):
         """Raises `ConfigError` for a plan that the file of look-ahead maps doesn't cover."""
@@ -55,7 +55,7 @@ class LiveSettings:
         """Change what is given, from the next round on. Raises ValueError for what the drafter can't do.
 
         plan: such as `1-4-4-1`, or its group sizes. A scope or a plan holds for all batch sizes, whatever
-        `by_batch_size` says; restore: first take up the configuration again.
+        `by_batch_size` says; restore: first go back to the configuration.
         """
         settings = self.configured if restore else self.current
         if scope is not None or plan is not None:

@@ -1,4 +1,4 @@
-"""`EasySpecSpeculator`: vLLM's speculator interface in, one round out: calibrate, draft; vLLM's target verifies."""
+"""`EasySpecSpeculator`: vLLM's speculator interface, and a round behind it: calibrate, draft; the target verifies."""
 
 from typing import Any
 
@@ -23,8 +23,8 @@ from vllm_easyspec.runtime import DrafterRuntime, build_runtime, draft_vllm_conf
 from vllm_easyspec.settings import DraftSettings, LiveSettings, scheduled_num_drafts
 from vllm_easyspec.watch import AcceptanceWatch
 
-# Drafted where the drafter can't draft (its context is full, or K was lowered at run time): any valid id will do, the
-# target tests it like every draft.
+# Proposed where the drafter can't draft (its context is full, or K was lowered at run time): any valid id will do,
+# since the target tests it like every draft.
 FILLER = 0
 
 
@@ -52,12 +52,12 @@ class EasySpecSpeculator(DraftModelSpeculator):
         self.statistics = DraftStatistics(device, self.num_speculative_steps)
         self.watch = AcceptanceWatch(device) if vllm_config.parallel_config.rank == 0 else None
         self.current_step = torch.zeros((), dtype=torch.int64, device=device)
-        self.filler_logits: torch.Tensor | None = None  # all probability on the filler
+        self.filler_logits: torch.Tensor | None = None  # one-hot at the filler
         if self.draft_logits is not None:
             self.filler_logits = torch.full_like(self.draft_logits[0, 0], torch.finfo(self.draft_logits.dtype).min)
             self.filler_logits[FILLER] = 0
-        self.graphs: DraftGraphs | None = None  # vLLM drops it around memory profiling, and looks for it here
-        self.bound: DrafterRuntime | None = None  # over the pages that vLLM bound last
+        self.graphs: DraftGraphs | None = None  # vLLM drops it around memory profiling, and expects it under this name
+        self.bound: DrafterRuntime | None = None  # for the pages that vLLM bound last
 
     # ---- one round ----
 
@@ -121,10 +121,10 @@ class EasySpecSpeculator(DraftModelSpeculator):
 
         if self.options.check_ranks and not batch.dummy:
             self._check_ranks(batch, drafts)
-        return drafts  # verify: vLLM's target reads them in its next step, and its rejection sampler keeps what stands
+        return drafts  # verify: the target reads them in the next step, and vLLM's rejection sampler decides
 
     def _is_paused(self, batch: DraftBatch) -> bool:
-        """Only vLLM's table says K = 0: a batch size where speculation does not pay."""
+        """Whether vLLM's table of K by batch size says 0: speculation does not pay off at this batch size."""
         calibrates = self.settings.current.calibration == "every_round"
         return batch.num_drafts == 0 and 0 in self.scheduled_num_drafts and calibrates and not batch.dummy
 
@@ -143,7 +143,7 @@ class EasySpecSpeculator(DraftModelSpeculator):
         has_room = positions < self.runtime.bounds.max_len
         self.draft_tokens[:num_reqs, index] = torch.where(has_room, sampled, FILLER)
         if self.draft_logits is not None and self.filler_logits is not None:
-            # The rejection sampler must test the filler against the distribution that it came from: all on itself.
+            # The rejection sampler must test the filler against its own distribution, which is one-hot.
             logits = self.draft_logits[states, index]
             self.draft_logits[states, index] = torch.where(has_room.unsqueeze(1), logits, self.filler_logits)
 
@@ -153,7 +153,7 @@ class EasySpecSpeculator(DraftModelSpeculator):
         self.draft_tokens[: batch.num_reqs, num_drafts:] = FILLER
         lowered = num_drafts == self.settings.current.num_drafts < self.num_speculative_steps  # by `easyspec_configure`
         if self.draft_logits is not None and lowered and not batch.dummy:
-            # Not before, and of these requests only: drafts on their way are tested against the logits they came from.
+            # Only now, and only for these requests: other drafts are yet to be tested against their own logits.
             self.draft_logits[batch.idx_mapping, num_drafts:] = self.filler_logits
         return self.draft_tokens[: batch.num_reqs]
 
@@ -163,7 +163,7 @@ class EasySpecSpeculator(DraftModelSpeculator):
         self.statistics.count_round(batch, tested, self._is_paused(batch))
         self.statistics.rounds_by_plan[batch.num_drafts, self.settings.current.plans.at(batch.num_reqs)] += 1
         if self.watch is not None:
-            self.watch.after_round(self.statistics.stood)
+            self.watch.after_round(self.statistics.by_kept_tokens)
 
     def _check_ranks(self, batch: DraftBatch, drafts: torch.Tensor) -> None:
         """Debug: every rank feeds its own drafts to the target, so ids and logits must agree to the bit."""
@@ -171,7 +171,7 @@ class EasySpecSpeculator(DraftModelSpeculator):
         if self.draft_logits is not None:
             assert_same_on_ranks("draft logits", self.draft_logits[batch.idx_mapping, : batch.num_drafts])
 
-    # ---- set-up, in the order in which vLLM calls it ----
+    # ---- set-up, in the order of vLLM's calls ----
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
         load_config = self.speculative_config.draft_load_config
@@ -193,7 +193,7 @@ class EasySpecSpeculator(DraftModelSpeculator):
 
     @property
     def runtime(self) -> DrafterRuntime:
-        """Over the pages that vLLM has bound: on CUDA it profiles with a throwaway cache before it binds the real one.
+        """For the pages that vLLM has bound: on CUDA it profiles with a temporary cache before it binds the real one.
 
         Raises ValueError for pages that can't be used.
         """
@@ -224,7 +224,7 @@ class EasySpecSpeculator(DraftModelSpeculator):
             self.capture_for(self.graphs.sizes, self.scheduled_num_drafts)
 
     def capture_for(self, batch_sizes: list[int], num_drafts: list[int]) -> None:
-        """Record what is missing of the graphs for these batch sizes and these K."""
+        """Record the graphs for these batch sizes and these K that are not recorded yet."""
         self.idx_mapping.fill_(-1)
         self.runtime.capture(batch_sizes, num_drafts, self.settings.current)
 

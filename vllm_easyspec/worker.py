@@ -21,7 +21,7 @@ logger = init_logger("vllm.easyspec")
 
 def _platform_worker() -> type:
     if current_platform.is_cpu():
-        # Importing this changes torch for the process, so not elsewhere.
+        # Importing this changes torch for the whole process, so only on a CPU.
         from vllm.v1.worker.cpu_worker import CPUWorker
 
         return CPUWorker
@@ -31,6 +31,8 @@ def _platform_worker() -> type:
 
 
 class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
+    """One rank's worker. Its `easyspec_...` methods are RPCs, which raise ValueError for unusable arguments."""
+
     @property
     def speculator(self) -> EasySpecSpeculator:
         return self.model_runner.speculator
@@ -82,11 +84,11 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
         restore: bool = False,
         group_sizes: list[int] | None = None,
     ) -> dict:
-        """Change scope, plan, K (up to the configured one), calibration or the use of the look-ahead maps from the next
-        round on; resets the counters.
+        """Change scope, plan, K (up to the configured one), calibration or the use of look-ahead maps from the next
+        round on, and reset the counters.
 
         plan: such as "1-4-4-1"; group_sizes: the same as a list. A scope or a plan holds for all batch sizes; `restore`
-        takes up the configuration again, its table included.
+        first goes back to the configuration, its table by batch size included.
         """
         if plan is not None and group_sizes is not None:
             raise ValueError(f"plan={plan!r} stands beside group_sizes={group_sizes}. Remove group_sizes")
@@ -98,13 +100,13 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
     def easyspec_capture(self, batch_sizes: list[int], num_speculative_tokens: list[int]) -> dict:
         """Record CUDA graphs for what `easyspec_configure` set, which runs without them until then.
 
-        It takes seconds, and requests wait meanwhile. Without graphs (on a CPU, or with enforce_eager) it does nothing.
+        Requests wait meanwhile, for seconds. Without graphs (on a CPU, or with enforce_eager) it does nothing.
         """
         self.speculator.capture_for(batch_sizes, num_speculative_tokens)
         return self.easyspec_stats()
 
     def easyspec_group_costs(self, token_ids: list[int], scope: Scope, max_size: int) -> list[tuple[int, int, float]]:
-        """What each group of 2 to `max_size` layers loses on a prompt: first layer, size, score (tune/fidelity.py)."""
+        """The score of each group of 2 to `max_size` layers on a prompt (`fidelity.py`): first layer, size, score."""
         ids = torch.tensor(token_ids, device=self.device)
         return group_costs(self.speculator.model, ids, scope, max_size)
 
