@@ -22,6 +22,8 @@ functions, called where an engine of ours runs.
 7. `__bases__` of worker classes in this process. Cause: vLLM makes a `worker_extension_cls` a base of the worker's
    class for good, and the next engine refuses it for a subclass of that class, as easyspec's worker is. Remove when
    vLLM makes a class of its own for a worker with an extension.
+8. `sys.excepthook` of a command that serves easyspec (`last_words.py`). Cause: an error that a worker raises reaches
+   the user as "See root cause above", some pages below it. Remove when vLLM hands the root cause on.
 """
 
 import os
@@ -37,7 +39,7 @@ from vllm.config.utils import config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 
-from vllm_easyspec import support
+from vllm_easyspec import last_words, support
 from vllm_easyspec.config import OPTIONS_KEY, ConfigError, EasySpecConfig, RuntimeOptions, is_easyspec, is_path, load
 from vllm_easyspec.versions import Support, UnsupportedVllmError, require_supported, vllm_version
 
@@ -122,6 +124,7 @@ def read_argument(vllm_type: Callable[[str], Any], text: str) -> dict[str, Any] 
     try:
         value = load(text)
         if is_easyspec(value):
+            last_words.print_at_the_end()
             require_supported(vllm_version())
             EasySpecConfig.parse(value, source=text if is_path(text) else "").check_model()
     except (ConfigError, UnsupportedVllmError) as error:

@@ -73,6 +73,7 @@ def diagnose(
         raise ConfigError(f"tensor_parallel_size={num_ranks} is not allowed. Give a number of ranks of at least 1")
     config.check_model()
     shape = support.read_drafter(config.model, config.revision, config.code_revision)
+    support.check_checkpoint(config.model, config.revision, shape)
     plans = config.layer_parallel.plan_table(shape.num_layers)
     vocabulary = _vocabulary(shape, target)
     drafted = _draft_vocabulary(config, shape, target)

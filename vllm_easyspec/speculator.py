@@ -10,6 +10,7 @@ from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
+from vllm_easyspec import last_words
 from vllm_easyspec.batch import DraftBatch
 from vllm_easyspec.config import RuntimeOptions
 from vllm_easyspec.drafter.model import LayerParallelDrafter
@@ -175,7 +176,8 @@ class EasySpecSpeculator(DraftModelSpeculator):
 
     def load_draft_model(self, target_model: nn.Module, target_attn_layer_names: set[str]) -> nn.Module:
         load_config = self.speculative_config.draft_load_config
-        return load_drafter(self.draft_vllm_config, self.options, load_config, self.lookahead_file)
+        with last_words.leaving():
+            return load_drafter(self.draft_vllm_config, self.options, load_config, self.lookahead_file)
 
     @property
     def attn_vllm_config(self) -> VllmConfig:

@@ -289,7 +289,18 @@ def check_drafter(config: "SpeculativeConfig", layer_parallel: LayerParallelConf
             "Give its unquantized checkpoint"
         )
     layer_parallel.plan_table(shape.num_layers)
+    check_checkpoint(draft.model, draft.revision, shape)
     check_vocabulary(shape.vocab_size, target.get_vocab_size(), lambda: _target_token_ids(target))
+
+
+def check_checkpoint(model: str, revision: str | None, shape: DrafterShape) -> None:
+    """Raise `ConfigError` where the drafter's files, so far as they are here, are cut short or of another shape."""
+    from vllm_easyspec.drafter.checkpoint import check_files
+    from vllm_easyspec.lookahead import checkpoint_folder
+
+    folder = checkpoint_folder(model, revision)
+    if folder is not None:
+        check_files(folder, shape)
 
 
 def check_maps(config: "SpeculativeConfig", options: RuntimeOptions) -> None:

@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import pytest
 import torch
 import yaml
 from engines import DRAFTER, ROOT, SOURCES, TARGET
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -364,3 +366,22 @@ def test_configuration_error_ends_the_command(tmp_path):
     assert "ended with code 2" in message
     last = message.strip().splitlines()[-1]
     assert str(config) in last and "num_speculative_tokens=0" in last and "from 1 to 256" in last
+
+
+def test_an_error_of_a_worker_is_the_last_line(tmp_path):
+    """Found only where the weights are read: the other processes end with tracebacks of their own before it."""
+    drafter = tmp_path / "drafter"
+    shutil.copytree(DRAFTER, drafter)
+    (weights,) = drafter.glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["model.layers.0.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, weights)
+    config = tmp_path / "easyspec.yaml"
+    config.write_text(f"method: easyspec\nmodel: {drafter}\nnum_speculative_tokens: 3\n")
+    arguments = ["--speculative-config", str(config), "--dtype", "float32", "--enforce-eager", "--max-model-len", "64"]
+    with pytest.raises(serving.ServerError, match="ended with code 1") as caught:
+        with serving.serve(TARGET, *arguments, "--kv-cache-memory-bytes", "16M"):
+            pass
+    lines = str(caught.value).strip().splitlines()
+    assert lines[-1].startswith("easyspec: error: the drafter's checkpoint holds NaN or infinity")
+    assert len([line for line in lines if line.startswith("easyspec: error: ")]) == 1

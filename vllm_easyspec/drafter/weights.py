@@ -24,7 +24,7 @@ def load_drafter_weights(model: LayerParallelDrafter, weights: Iterable[tuple[st
     NaN or infinity, or one that is missing.
     """
     places = dict(_places(model))
-    shapes = dict(_shapes(model.shape))
+    shapes = dict(expected_shapes(model.shape))
     missing = set(places)
     family = model.shape.architecture
     for full_name, tensor in weights:
@@ -61,7 +61,7 @@ def _check_finite(model: LayerParallelDrafter) -> None:
                 )
 
 
-def _shapes(shape: DrafterShape) -> Iterator[tuple[str, tuple[int, ...]]]:
+def expected_shapes(shape: DrafterShape) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The shape of every tensor that the checkpoint may hold, output-major as in the file."""
     hidden, width, q, kv = shape.hidden_size, shape.intermediate_size, shape.q_size, shape.kv_size
     yield "embed_tokens.weight", (shape.vocab_size, hidden)
