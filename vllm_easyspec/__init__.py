@@ -2,4 +2,4 @@
 
 from vllm_easyspec.versions import installed
 
-__version__ = installed("vllm-easyspec")  # pyproject.toml's; "not installed" beside a bare copy of the sources
+__version__ = installed("vllm-easyspec")  # from pyproject.toml; "not installed" in a bare copy of the sources

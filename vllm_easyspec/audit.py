@@ -1,4 +1,4 @@
-"""The audit: do the drafter's pages hold what a precise pass over the requests' tokens would have put there?"""
+"""The audit: do the drafter's pages hold what a precise pass over the requests' tokens would have written?"""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,11 @@ from vllm_easyspec.speculator import EasySpecSpeculator
 
 @dataclass(frozen=True)
 class AuditedRequest:
+    """The result of one request on one rank."""
+
     request_id: str
     tokens: int  # positions compared, from 0
-    uncalibrated: int  # positions after them that paused rounds (K = 0) left to be read later
+    uncalibrated: int  # positions after them that paused rounds (K = 0) left for later
     largest_difference: float  # over this rank's layers and all positions; 0.0 where the rank holds no layer
 
 
@@ -21,8 +23,8 @@ class AuditedRequest:
 def audit(runner: GPUModelRunner, speculator: EasySpecSpeculator) -> list[AuditedRequest]:
     """Recompute the precise K/V of every live request and compare this rank's pages with it.
 
-    All ranks must call it together, between engine steps: the precise pass has collectives. Each request's whole
-    sequence goes through at once, with quadratic attention: a tool for tests and debugging, too slow for production.
+    All ranks must call it together, between engine steps: the precise pass has collectives. Each request is recomputed
+    in one pass with quadratic attention, so this is for tests and debugging, too slow for production.
     """
     states = runner.req_states
     found = [
@@ -33,9 +35,9 @@ def audit(runner: GPUModelRunner, speculator: EasySpecSpeculator) -> list[Audite
 
 
 def _calibrated_tokens(index: int, runner: GPUModelRunner, speculator: EasySpecSpeculator) -> tuple[int, int]:
-    """Positions that calibration promises: what the target has computed, and the newest token if there is one.
+    """How many positions should be precise: what the target has computed, and the newest token if there is one.
 
-    Of a request that paused rounds left behind, those before its first marked block; and how many are missing.
+    For a request that paused rounds left behind only those before its first marked block; and how many are missing.
     """
     computed = int(runner.req_states.num_computed_tokens.gpu[index])
     if not computed:
@@ -69,7 +71,7 @@ def _audit_request(
 def _page_difference(
     layer: DrafterAttention, pages: PagedKV, blocks: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> float:
-    """Write k and v over a copy of the request's pages, in the backend's own form; how far does that change them?
+    """The largest change when k and v are written over a copy of the request's pages, in the backend's own layout.
 
     blocks: `[blocks] int64`; k, v: `[tokens, kv_heads, head_dim]`.
     """

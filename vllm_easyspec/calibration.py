@@ -1,12 +1,12 @@
-"""Which positions of which request a round's calibration rewrites, and the pass that does it.
+"""Which positions of which request a round's calibration rewrites, and the inputs of that pass.
 
 After the target's step a decoding request has `accepted + 1` tokens without precise K/V in the drafter's pages: the
 accepted drafts, whose K/V is fuzzy or missing, and the newest token, which has none. A prefilling request has the
-tokens that the target just read, and the newest one if its prompt is complete. One pass over exactly these leaves
-every position up to the newest token precise, and the newest token's hidden state yields the round's first draft.
+tokens that the target just read, and the newest one if its prompt is complete. One pass over exactly these tokens makes
+every position up to the newest token precise, and the newest token's hidden state gives the round's first draft.
 
-The host doesn't know how many drafts were rejected, and waiting for the number would stall the device. So a request
-gets as many tokens of the pass as it may need, and those past its newest one are padding: slot -1, result unused.
+The host doesn't know how many drafts were rejected, and waiting for the number would stall the device. So the pass has
+room for as many tokens of a request as it may need; those past its newest token are padding: slot -1, result unused.
 """
 
 from collections.abc import Sequence
@@ -25,11 +25,11 @@ from vllm_easyspec.uncalibrated import Span
 
 @dataclass(frozen=True)
 class CalibrationLayout:
-    """How a batch's requests lie in a calibration pass. Known on the host: it depends on nothing that was accepted."""
+    """Where the tokens of each request are in a calibration pass. It does not depend on how many drafts were accepted."""
 
-    of_req: torch.Tensor  # [tokens] int64: whose token it is, padding included
-    offset: torch.Tensor  # [tokens] int64: its place among those of the request
-    num_calibrated: torch.Tensor  # [reqs] int64: leading tokens of the request whose K/V is precise already, 0 or 1
+    of_req: torch.Tensor  # [tokens] int64: the request of each token, padding included
+    offset: torch.Tensor  # [tokens] int64: its index within the request
+    num_calibrated: torch.Tensor  # [reqs] int64: first tokens whose K/V is precise already, 0 or 1
     starts: torch.Tensor  # [reqs + 1] int32
     starts_cpu: torch.Tensor  # the same on the host
     max_query_len: int  # of one request
@@ -41,28 +41,28 @@ class CalibrationStep:
 
     input_ids: torch.Tensor  # [tokens] int64
     sequences: Sequences
-    newest_indices: torch.Tensor  # [reqs] int64: where each request's newest token is among them
+    newest_indices: torch.Tensor  # [reqs] int64: index of each request's newest token among them
     newest_positions: torch.Tensor  # [reqs] int64
 
 
 class CalibrationScheduler:
-    """Decides which tokens a round's calibration reads of each request, and where their K/V goes.
+    """Decides which tokens of each request a round's calibration reads, and where their K/V goes.
 
-    Of a decoding request: the tokens that the target accepted, and the newest. Of a prefilling request: what the target
-    has just read, and the newest token if the prompt is complete. Of a request that paused rounds left behind: what
-    `UncalibratedBlocks` says. It runs no pass and holds no state of a request.
+    For a decoding request: the accepted drafts and the newest token. For a prefilling request: what the target has just
+    read, and the newest token if the prompt is complete. For a request that paused rounds left behind: what
+    `UncalibratedBlocks` says. It runs no pass and holds no state of any request.
     """
 
     def __init__(self, vocab_size: int, max_len: int, block_size: int, device: torch.device):
-        """max_len: positions that the drafter may hold, `[0, max_len)`; block_size: tokens a cache block."""
+        """max_len: positions that the drafter may hold, `[0, max_len)`; block_size: tokens per cache block."""
         self.vocab_size = vocab_size
         self.max_len = max_len
         self.block_size = block_size
         self.device = device
-        self._recent_layouts = lru_cache(maxsize=16)(self._layout)  # most rounds decode the last round's requests
+        self._recent_layouts = lru_cache(maxsize=16)(self._layout)  # most rounds decode the same requests as the last
 
     def layout(self, query_lens: np.ndarray, prefilling: np.ndarray) -> CalibrationLayout:
-        """query_lens: `[reqs]`, tokens that the target read; prefilling: `[reqs] bool`."""
+        """The layout of a batch. query_lens: `[reqs]`, tokens that the target read; prefilling: `[reqs] bool`."""
         return self._recent_layouts(tuple(query_lens.tolist()), tuple(prefilling.tolist()))
 
     def _layout(self, query_lens: tuple[int, ...], prefilling: tuple[bool, ...]) -> CalibrationLayout:
@@ -84,7 +84,7 @@ class CalibrationScheduler:
         )
 
     def plan(self, batch: DraftBatch, layout: CalibrationLayout | None = None) -> CalibrationStep:
-        """The pass for `batch`. With its layout given, nothing is copied from the host: a CUDA graph can record it."""
+        """The pass for `batch`. If its layout is given, nothing is copied from the host: a CUDA graph can record it."""
         layout = layout or self.layout(batch.query_lens, batch.prefilling)
         input_ids, positions, slots, seq_lens, newest_indices, newest_positions = calibration_inputs(
             batch.input_ids,
@@ -119,9 +119,9 @@ class CalibrationScheduler:
     def catching_up(
         self, batch: DraftBatch, spans: Sequence[Span], token_ids: torch.Tensor
     ) -> tuple[torch.Tensor, Sequences]:
-        """A pass over tokens of earlier rounds: their ids `[tokens] int64`, and where they lie.
+        """A pass over tokens of earlier rounds: their ids `[tokens] int64`, and their sequences.
 
-        token_ids: `[max_reqs, positions] int32`, of each request in vLLM's request state.
+        token_ids: `[max_reqs, positions] int32`, by index in vLLM's request state.
         """
         reqs = np.array([span.req for span in spans])
         begins, ends = (np.array([getattr(span, which) for span in spans]) for which in ("begin", "end"))
@@ -145,7 +145,7 @@ class CalibrationScheduler:
         return ids.clamp_(0, self.vocab_size - 1), sequences
 
     def only(self, step: CalibrationStep, batch: DraftBatch, prefilling: bool) -> CalibrationStep:
-        """The same tokens, but only the prefilling (or only the decoding) requests write K/V."""
+        """The same pass, in which only the prefilling (or only the decoding) requests write K/V."""
         query_lens = np.diff(step.sequences.query_start_loc_cpu)
         chosen = torch.from_numpy(np.repeat(batch.prefilling == prefilling, query_lens)).to(self.device)
         slots = torch.where(chosen, step.sequences.slots, -1)

@@ -1,29 +1,30 @@
-"""All patches of vLLM. Everything else of easyspec uses vLLM's own seams.
+"""All patches of vLLM. Everything else in this package uses interfaces that vLLM offers.
 
 Three methods of `EngineArgs` are wrapped by `apply`, which may be called any number of times: a method is never wrapped
-twice, and each wrapper calls vLLM's own method with unchanged arguments unless easyspec was asked for. The others are
-functions, called where an engine of ours runs.
+twice, and each wrapper calls vLLM's own method with unchanged arguments unless easyspec was asked for. The other
+patches are functions, called where an engine of ours runs.
 
-1. `EngineArgs.add_cli_args`. Cause: `--speculative-config` is `json.loads` only, so neither a path nor a clear error is
-   possible. Remove when vLLM takes a path there, or lets a plugin register a speculative method.
-2. `EngineArgs.create_engine_config`. Cause: `SpeculativeConfig` knows a closed list of methods and fields, so
-   `method: easyspec` is turned into vLLM's own `draft_model`, our worker and our options first; and only here are the
-   whole configuration and the environment known before processes start. Remove when vLLM lets a plugin register a
+1. `EngineArgs.add_cli_args`. Cause: `--speculative-config` is parsed by `json.loads`, so neither a path nor a clear
+   error is possible. Remove when vLLM takes a path there, or lets a plugin register a speculative method.
+2. `EngineArgs.create_engine_config`. Cause: `SpeculativeConfig` has a closed list of methods and fields, so
+   `method: easyspec` is first turned into vLLM's own `draft_model`, our worker and our options; and only here are the
+   whole configuration and the environment available before processes start. Remove when vLLM lets a plugin register a
    speculative method with its own fields and checks.
 3. `EngineArgs.create_speculative_config`. Cause: vLLM refuses a draft model whose vocabulary is the target's less
-   padding (Qwen2.5 32B and 72B with their small siblings), though its rejection sampler copes; and 0.33 shortens the
-   target's context to its drafter's. Remove when vLLM accepts such pairs, and asks the speculator about lengths.
-4. `GPUModelRunner.speculator`, exchanged after `init_device`. Cause: `init_speculator` knows a closed list of methods.
+   padding (Qwen2.5 32B and 72B with their small siblings), though its rejection sampler can handle it; and 0.33
+   shortens the target's context to its drafter's. Remove when vLLM accepts such pairs and leaves lengths to the
+   speculator.
+4. `GPUModelRunner.speculator`, replaced after `init_device`. Cause: `init_speculator` has a closed list of methods.
    Remove when vLLM resolves a plugin's speculator class.
-5. `GPUModelRunner.lora_state`, likewise. Cause: vLLM 0.32 names one adapter per request for the LM head, which is one
-   row of logits per request, and a verifying request has more (`lora.py`). Remove when `LoraState` counts the drafts.
-6. `Scheduler.dynamic_sd_lookup`, written into by `vllm-easyspec tune`. Cause: only the scheduler can choose K, and it
+5. `GPUModelRunner.lora_state`, likewise. Cause: vLLM 0.32 gives the LM head one adapter per request, for one row of
+   logits; a request that is verified has more (`lora.py`). Remove when `LoraState` counts the drafts.
+6. `Scheduler.dynamic_sd_lookup`, changed by `vllm-easyspec tune`. Cause: only the scheduler can choose K, and it
    reads its table once. Remove when K can be changed in a running engine.
-7. `__bases__` of worker classes in this process. Cause: vLLM makes a `worker_extension_cls` a base of the worker's
-   class for good, and the next engine refuses it for a subclass of that class, as easyspec's worker is. Remove when
-   vLLM makes a class of its own for a worker with an extension.
-8. `sys.excepthook` of a command that serves easyspec (`last_words.py`). Cause: an error that a worker raises reaches
-   the user as "See root cause above", some pages below it. Remove when vLLM hands the root cause on.
+7. `__bases__` of worker classes in this process. Cause: vLLM permanently adds a `worker_extension_cls` to the bases of
+   the worker's class, and the next engine then refuses it for a subclass of that class, such as easyspec's worker.
+   Remove when vLLM creates a new class for a worker with an extension.
+8. `sys.excepthook` of a command that serves easyspec (`last_words.py`). Cause: vLLM reports a worker's error to the
+   user only as "See root cause above", pages below it. Remove when vLLM passes the root cause on.
 """
 
 import os
@@ -59,13 +60,13 @@ _our_binding: str | None = None
 
 @config(repr=False)  # vLLM's own one-line repr
 class EasySpecSpeculativeConfig(SpeculativeConfig):
-    """vLLM's configuration, less two assumptions about a draft model that don't hold for ours."""
+    """vLLM's configuration, without two assumptions about draft models that don't hold for ours."""
 
     def verify_equal_vocab_size_if_draft_model(self) -> None:
-        """Left to `support.check_vocabulary`, which runs after construction so that its error is one line."""
+        """Do nothing: `support.check_vocabulary` checks after construction, so that its error is one line."""
 
     def draft_shares_target_positions(self) -> bool:
-        """vLLM 0.33 cuts the target's context down to its drafter's unless this is true; ours stops drafting there."""
+        """True, so that vLLM 0.33 does not cut the target's context down to its drafter's; ours stops drafting there."""
         return True
 
 
@@ -77,7 +78,7 @@ def apply(version: str | None = None) -> bool:
     }
     if Support.of(version or vllm_version()) is not Support.UNSUPPORTED:
         wrappers["create_speculative_config"] = _teach_speculative_config
-    present = [name for name in wrappers if name in EngineArgs.__dict__]  # an unsupported vLLM may lack one
+    present = [name for name in wrappers if name in EngineArgs.__dict__]  # an unsupported vLLM may not have all
     if all(is_patched(name) for name in present):
         return False
     for name in present:
@@ -147,7 +148,7 @@ def _teach_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def translate(args: EngineArgs) -> bool:
-    """Turn `method: easyspec` into vLLM's own terms, in place; False where it was not asked for. May be repeated."""
+    """Turn `method: easyspec` into vLLM's own settings, in place; False where it was not asked for. May be repeated."""
     if isinstance(args.speculative_config, str | Path):
         args.speculative_config = load(args.speculative_config)
     given = args.speculative_config
@@ -163,8 +164,8 @@ def translate(args: EngineArgs) -> bool:
     for flag in ("spec_method", "spec_model", "spec_tokens"):
         if getattr(args, flag) is not None:
             raise ConfigError(
-                f"{flag}={getattr(args, flag)!r} stands beside speculative_config, and only one of the two is allowed "
-                "with easyspec. Remove it, and write the value in speculative_config"
+                f"{flag}={getattr(args, flag)!r} is given together with speculative_config, and only one of the two is "
+                "allowed with easyspec. Remove it, and write the value in speculative_config"
             )
     if args.worker_cls not in ("auto", WORKER_CLS):
         raise ConfigError(
@@ -232,7 +233,7 @@ def _build_speculative_config(fields: dict[str, Any], options: RuntimeOptions) -
     except (OSError, ValueError, KeyError) as error:
         causes = [part["msg"] for part in error.errors()] if isinstance(error, ValidationError) else [str(error)]
         raise ConfigError(
-            f"vLLM can't use model={fields['model']!r} as this target's drafter, or a field beside it: "
+            f"vLLM can't use model={fields['model']!r} as this target's drafter, or another field: "
             + "; ".join(" ".join(cause.split()) for cause in causes)
         ) from error
     support.check_drafter(built, options.layer_parallel)
@@ -245,8 +246,8 @@ def _build_speculative_config(fields: dict[str, Any], options: RuntimeOptions) -
 
 
 def install_speculator(runner: "GPUModelRunner", build: Callable[[], "BaseSpeculator"]) -> None:
-    """Patch 4: put `build()` in the place of the speculator that the runner has built. May be repeated."""
-    runner.speculator = None  # let go of its buffers before ours are made
+    """Patch 4: replace the runner's speculator by `build()`. May be repeated."""
+    runner.speculator = None  # free its buffers before ours are allocated
     runner.speculator = build()
 
 
@@ -257,20 +258,20 @@ def install_lora_state(runner: "GPUModelRunner", max_num_reqs: int) -> None:
     runner.lora_state = VerifyingLoraState(max_num_reqs)
 
 
-# ---- in the process of `tune` or `bench`, where they run an engine inside it ----
+# ---- in the process of `tune` or `bench`, which may run the engine themselves ----
 
 
 def scheduled_drafts(engine: "LLMEngine") -> list[int]:
-    """Patch 6: the scheduler's own list of K by batch size, to be written into between two steps."""
+    """Patch 6: the scheduler's own list of K by batch size, which may be changed between two steps."""
     return engine.engine_core.engine_core.scheduler.dynamic_sd_lookup
 
 
 def remove_worker_extension(extension: type) -> None:
-    """Patch 7: take `extension` out of the bases of the worker classes that vLLM has put it into. May be repeated."""
-    worker: Any  # whose bases mypy takes for fixed
+    """Patch 7: remove `extension` from the bases of the worker classes that vLLM added it to. May be repeated."""
+    worker: Any  # mypy considers bases fixed
     for worker in extension.__subclasses__():
         others = tuple(base for base in worker.__bases__ if base is not extension)
-        if others:  # an extension of this one, which has no other base, is no worker
+        if others:  # a subclass without another base is an extension itself, not a worker
             worker.__bases__ = others
 
 
@@ -280,7 +281,7 @@ def remove_worker_extension(extension: type) -> None:
 def _bind_cpus(parallel: ParallelConfig) -> None:
     """Give every rank its CPUs where vLLM's automatic binding can't.
 
-    It wants as many NUMA nodes as ranks and stops with an assertion otherwise (vllm/utils/ompmultiprocessing.py).
+    That needs as many NUMA nodes as ranks and fails with an assertion otherwise (vllm/utils/ompmultiprocessing.py).
     """
     from vllm.platforms import current_platform
     from vllm.utils.cpu_resource_utils import get_visible_memory_node
@@ -296,7 +297,7 @@ def _bind_cpus(parallel: ParallelConfig) -> None:
 
 
 def _unbind_cpus() -> None:
-    """Take back what an earlier engine of this process was given: another one may have other ranks, or no easyspec."""
+    """Remove the binding of an earlier engine in this process: the next may have other ranks, or no easyspec."""
     global _our_binding
     if _our_binding is not None and os.environ.get(OMP_BINDING) == _our_binding:
         del os.environ[OMP_BINDING]
@@ -304,12 +305,12 @@ def _unbind_cpus() -> None:
 
 
 def usable_cpus(ranks: int) -> list[int]:
-    """The CPUs this process may use: one a physical core where that leaves each rank one, all otherwise."""
+    """The CPUs this process may use: one per physical core if there are enough for all ranks, otherwise all."""
     from vllm.utils.cpu_resource_utils import get_allowed_cpu_list
 
     cpus = sorted(get_allowed_cpu_list(), key=lambda cpu: cpu.id)
-    one_a_core = {(cpu.numa_node, cpu.physical_core): cpu.id for cpu in reversed(cpus)}
-    return sorted(one_a_core.values()) if len(one_a_core) >= ranks else [cpu.id for cpu in cpus]
+    one_per_core = {(cpu.numa_node, cpu.physical_core): cpu.id for cpu in reversed(cpus)}
+    return sorted(one_per_core.values()) if len(one_per_core) >= ranks else [cpu.id for cpu in cpus]
 
 
 def cpu_lists(ranks: int, cpus: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""YAML and JSON of a user's, read into plain data: strictly, in bounded time, with one line for whatever is wrong."""
+"""Reads a user's YAML and JSON into plain data: strictly, in bounded time, with a one-line error."""
 
 import json
 from collections.abc import Hashable
@@ -21,7 +21,7 @@ def read_yaml(text: str, source: str) -> Any:
         mark = error.problem_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise ConfigError(f"{source} is not valid YAML: {place}{error.problem}. Correct it there") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: numbers and dates that Python doesn't have
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: numbers and dates that Python can't represent
         raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}. Correct it there") from None
 
 
@@ -48,7 +48,7 @@ def _check_size(text: str, source: str) -> None:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML's plain data, without what makes it ambiguous or endless: repeated keys, aliases, deep nesting."""
+    """YAML without what makes it ambiguous or unbounded: repeated keys, aliases, deep nesting."""
 
     levels = 0
 
@@ -91,4 +91,4 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON's")
+    raise ValueError(f"{name} is not a JSON number")

@@ -1,6 +1,6 @@
 """A drafter without an engine, on this rank: vLLM's own loader, paged cache and attention backend, and no target.
 
-For tests, timing and fitting. `EnginelessDrafter` does what vLLM's worker does at start, and drafts by the same
+For tests, timing and fitting. `EnginelessDrafter` does what vLLM's worker does at start, and drafts with the same
 `DrafterRuntime` as the speculator. All ranks (`ranks.py`) must make the same calls: every pass has collectives.
 """
 
@@ -26,7 +26,7 @@ from vllm_easyspec.graphs import DraftGraphs
 from vllm_easyspec.metrics import DraftStatistics
 from vllm_easyspec.runtime import build_runtime, draft_vllm_config, load_drafter, virtual_batch_config
 
-try:  # vLLM 0.33 moved the planning of the K/V cache; of 0.32 it is in kv_cache_utils
+try:  # 0.33; in vLLM 0.32 the K/V cache is planned in kv_cache_utils
     from vllm.v1.core import kv_cache_planning as planning
 except ImportError:
     from vllm.v1.core import kv_cache_utils as planning
@@ -35,8 +35,8 @@ except ImportError:
 class EnginelessDrafter:
     """One rank's share of a drafter, and pages for `max_num_reqs` requests of at most `max_len` tokens.
 
-    Request `i` owns row `i` of a block table whose blocks are shuffled, the same way on all ranks. `lengths[i]` of its
-    tokens are in the pages; `rewind` takes tokens back, as vLLM does with rejected drafts.
+    Request `i` owns row `i` of the block table, whose blocks are shuffled in the same way on all ranks. `lengths[i]` of
+    its tokens are in the pages; `rewind` removes tokens, as vLLM does with rejected drafts.
     """
 
     def __init__(
@@ -53,7 +53,9 @@ class EnginelessDrafter:
         graph_sizes: Sequence[int] = (),
     ):
         """model: a checkpoint's folder; load_format: vLLM's, such as 'dummy' for random weights; num_drafts: K, the
-        largest of a round; graph_sizes: numbers of requests for which there may be CUDA graphs, none without.
+        largest of a round; graph_sizes: numbers of requests for which to capture CUDA graphs, if any.
+
+        Raises what vLLM's configuration and `load_drafter` raise.
         """
         self.graph_sizes = list(graph_sizes)
         options = options or RuntimeOptions()
@@ -61,9 +63,9 @@ class EnginelessDrafter:
         group = get_tp_group()
         self.device = group.device
         blocks_per_req = -(-max_len // block_size)
-        # Block 0 belongs to no one, as in vLLM.
+        # Block 0 belongs to no request, as in vLLM.
         self.num_blocks = 1 + max_num_reqs * blocks_per_req
-        # vLLM would want head counts that tensor parallelism divides; whole layers on a rank need no such thing.
+        # With the real size vLLM would require head counts divisible by the ranks; whole layers don't.
         config = EngineArgs(
             model=str(model),
             skip_tokenizer_init=True,
@@ -95,7 +97,7 @@ class EnginelessDrafter:
             attention_groups,
             self.num_blocks,
             block_size,
-            self.block_table.to(self.device, copy=True),  # refilled by its owner, as vLLM does
+            self.block_table.to(self.device, copy=True),  # vLLM refills its own in each step
             self.draft_tokens,
             self._sample,
             DraftStatistics(self.device, num_drafts),
@@ -104,7 +106,7 @@ class EnginelessDrafter:
         self.pages, self.loop = self.runtime.pages, self.runtime.loop
 
     def _allocate_pages(self) -> list[AttentionGroup]:
-        """Have vLLM lay out, allocate and bind this rank's pages. Returns none where no layer lives on the rank."""
+        """Let vLLM lay out, allocate and bind this rank's pages. Returns an empty list if the rank has no layers."""
         group = get_tp_group()
         specs: list[dict] = [{}] * group.world_size
         torch.distributed.all_gather_object(specs, get_kv_cache_spec(self.config), group=group.cpu_group)
@@ -114,7 +116,7 @@ class EnginelessDrafter:
         layers: list[Any] = list(self.model.attention)
         backends = [layer.get_attn_backend() for layer in layers]
         resolve_kv_cache_layout(self.config, [[layout.name for layout in get_supported_kv_cache_layouts(backends)]])
-        # The override of the number of blocks decides, not the memory.
+        # The number of blocks is overridden, so the memory given here doesn't matter.
         arguments = [self.config, specs_of_holders, [1 << 40] * len(specs_of_holders)]
         if hasattr(planning, "get_global_kv_cache_groups"):  # 0.33; 0.32 groups the layers inside
             arguments.append(planning.get_global_kv_cache_groups(self.config, specs_of_holders))
@@ -134,7 +136,7 @@ class EnginelessDrafter:
         return groups[0]
 
     def _graph_config(self) -> VllmConfig:
-        """With `graph_sizes` in place of no graphs."""
+        """The configuration with CUDA graphs of `graph_sizes`."""
         config = copy.copy(self.config)
         if self.graph_sizes:
             compilation = config.compilation_config = copy.copy(config.compilation_config)
@@ -158,7 +160,7 @@ class EnginelessDrafter:
         plan: DraftPlan | None = None,
         previous: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Read further tokens of requests 0, 1, ... (at least one of each) in one pass, precise without a plan.
+        """Read more tokens of requests 0, 1, ... (at least one of each) in one pass, the precise one by default.
 
         Stores their K/V and returns final hidden states `[tokens, hidden]`, request after request. previous: as in
         `LayerParallelDrafter.forward`.
@@ -190,7 +192,7 @@ class EnginelessDrafter:
         self.lengths[: len(lengths)] = lengths
 
     def sequences(self, new: Sequence[int]) -> Sequences:
-        """`new[i]` tokens after the `lengths[i]` of request `i`."""
+        """The sequences of a pass that reads `new[i]` tokens after the `lengths[i]` of request `i`."""
         reqs = len(new)
         of_req = torch.repeat_interleave(torch.arange(reqs), torch.tensor(new))
         starts = torch.tensor([0, *accumulate(new)], dtype=torch.int32)

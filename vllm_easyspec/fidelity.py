@@ -1,9 +1,9 @@
-"""What a group of layers loses by running side by side: a cheap score, without drafting.
+"""How much a group of layers loses by running side by side: a cheap score, without drafting.
 
-Every position of a prompt is treated as the first fuzzy step of a round, all at once: the token's own K/V is fuzzy, all
-earlier K/V precise, as calibration leaves it. The layers outside the group run one after another. The score is the mean
-total variation distance between the next-token distributions of this pass and of the precise pass: the probability that
-a draft of one is rejected by the other. 0 is no loss, 1 all.
+All positions of a prompt are treated at once as the first fuzzy step of a round: the token's own K/V is fuzzy, all
+earlier K/V is precise, as calibration leaves it. The layers outside the group run one after another. The score is the
+mean total variation distance between the next-token distributions of this pass and of the precise pass, which is the
+probability that a draft of one is rejected by the other: from 0, no loss, to 1.
 """
 
 import torch
@@ -18,7 +18,7 @@ class FirstStepPass:
     """A pass in which each token sees precise K/V of all tokens before it, and its own. Implements `Attend`."""
 
     def __init__(self, precise: DensePass):
-        """precise: has run over the same tokens."""
+        """precise: a pass that has run over the same tokens."""
         self.precise = precise
         earlier = precise.mask.tril(-1)
         self.mask = torch.cat([earlier, torch.eye(len(earlier), dtype=torch.bool, device=earlier.device)], dim=1)
@@ -44,7 +44,8 @@ def group_costs(
 ) -> list[tuple[int, int, float]]:
     """First layer, size and score of every group of 2 to `max_size` layers, over one prompt `ids` (`[tokens] int64`).
 
-    With look-ahead maps, of every group that they cover. All ranks must call it together: the passes have collectives.
+    With look-ahead maps only groups that they cover are scored. All ranks must call it together: the passes have
+    collectives.
     """
     model.counters = PassCounters()  # these passes belong to no stage
     layers = model.shape.num_layers

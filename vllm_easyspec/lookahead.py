@@ -1,14 +1,13 @@
-"""Look-ahead maps: affine maps that predict, inside a group, what a layer's input would be had it waited its turn.
+"""Look-ahead maps: affine maps that predict the input that a layer of a group would have if layers ran in order.
 
-In a group that starts at layer `g` with input `h`, every attention reads `h`, though layer `i` would read `x_i`. Most
-of what is missing can be told from what is known: `k`, which is `u = h / rms(h)`, absolute values of it
-(`ops.group_features`), and the final hidden state of the token before. So attention `i` reads `h + k A_gi + b_gi`; in
-block scope MLP `i` reads `p_i + [k, p_i / rms(p_i)] M_gi + c_gi`, `p_i` being the group's input and the attentions up
-to `i`.
-`vllm-easyspec fit` solves for the maps in closed form (`tune/fit.py`).
+In a group that starts at layer `g` with input `h`, every attention reads `h`, though layer `i` should read its own
+`x_i`. Most of the difference can be predicted from features `k` that are available: `u = h / rms(h)`, absolute values
+of it, and the previous token's final hidden state (`ops.group_features`). So attention `i` reads `h + k A_gi + b_gi`;
+in block scope MLP `i` reads `p_i + [k, p_i / rms(p_i)] M_gi + c_gi`, where `p_i` is the sum of the group's input and
+the attentions up to `i`. `vllm-easyspec fit` computes the maps in closed form (`tune/fit.py`).
 
 A file holds, for each `g`, maps for the layers `g + 1 .. g + n`, so it serves any plan whose groups are no longer than
-that. It carries the identity of the drafter that it was fitted on and serves no other.
+that. It names the drafter that it was fitted on and serves no other.
 """
 
 import hashlib
@@ -34,8 +33,8 @@ FORMAT = "vllm_easyspec look-ahead maps, 2"
 KINDS = {"attention": 4, "mlp": 5}  # how many vectors of the hidden size a map reads
 PARTS = ("down", "up", "bias")
 EPS = 1e-6  # in the root mean square of a vector
-# Of each file of weights, as many evenly spaced samples of this size go into the drafter's identity: a fine-tuned copy
-# differs nearly everywhere, and reading gigabytes at every start would not be worth more.
+# The drafter's identity contains this many evenly spaced samples, of this size, of each file of weights: a fine-tuned
+# copy differs nearly everywhere, so reading gigabytes at every start would not be worth it.
 SAMPLES, SAMPLE_BYTES = 64, 1 << 14
 
 
@@ -54,7 +53,7 @@ def drafter_identity(folder: str | Path, shape: DrafterShape) -> str:
 
 
 def checkpoint_folder(model: str, revision: str | None) -> Path | None:
-    """Where the drafter's files lie on this machine; None where it has not been downloaded."""
+    """The folder of the drafter's files on this machine; None if it has not been downloaded."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -69,7 +68,7 @@ def checkpoint_folder(model: str, revision: str | None) -> Path | None:
 
 @dataclass(frozen=True)
 class LookaheadFile:
-    """What a file says of itself. `reach[g]` is the last layer that the maps of groups from `g` on serve."""
+    """The metadata of a file. `reach[g]` is the last layer that has a map for groups that start at `g`."""
 
     path: str
     drafter: str
@@ -144,7 +143,7 @@ def check_lookahead(
 
 
 def _sizes(reach: Mapping[int, int], rank: int, hidden: int) -> dict[str, tuple[int, ...]]:
-    """Tensors of a file: for each kind and group start, the later layers' maps stacked."""
+    """Shapes of a file's tensors: for each kind and group start, the maps of the later layers, stacked."""
     return {
         f"{kind}.{start}.{part}": size
         for kind, inputs in KINDS.items()
@@ -158,7 +157,7 @@ def _sizes(reach: Mapping[int, int], rank: int, hidden: int) -> dict[str, tuple[
 
 
 def write_maps(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write the file whole or not at all. metadata: as `LookaheadFile.read` needs it, and more."""
+    """Write the file, completely or not at all. metadata: at least what `LookaheadFile.read` needs."""
     part = path.with_name(path.name + ".part")
     part.write_bytes(save(dict(tensors), {"lookahead": json.dumps({"format": FORMAT, **metadata})}))
     part.replace(path)
@@ -175,8 +174,8 @@ class StackedMaps(NamedTuple):
 class LookaheadMaps(nn.Module):
     """A rank's maps: attention maps for its own layers, MLP maps for all.
 
-    A tensor-parallel MLP needs its whole input on every rank, so the MLP maps are replicated: cutting them would cost a
-    collective per group to save a thin product. The first layer of a group reads the group's input and has no map.
+    A tensor-parallel MLP needs its whole input on every rank, so the MLP maps are replicated: sharding them would cost
+    a collective per group to save a thin product. The first layer of a group reads the group's input and has no map.
     """
 
     def __init__(
@@ -187,9 +186,9 @@ class LookaheadMaps(nn.Module):
         rank: int,
         like: torch.Tensor,
     ):
-        """tensors: as in a file; like: of the drafter's device and dtype.
+        """tensors: those of a file; like: a tensor with the drafter's device and dtype.
 
-        The native operator reads the maps as the file has them: in float32 they would be twice as much to read.
+        The native CPU operator reads the maps in the file's dtype: in float32 there would be twice as much to read.
         """
         super().__init__()
         self.reach = dict(reach)
@@ -216,7 +215,8 @@ class LookaheadMaps(nn.Module):
         return cls(tensors, file.reach, placement, rank, like)
 
     def of_group(self, start: int, h: torch.Tensor, previous: torch.Tensor) -> "GroupLookahead":
-        """For a group from layer `start` on with input h; previous: the final hidden states of the tokens before."""
+        """The maps of a group that starts at layer `start`, in one pass. h: its input, `[tokens, hidden]`; previous:
+        the final hidden states of the tokens before, `[tokens, hidden]`."""
         features = group_features(h, previous, EPS)
         return GroupLookahead(self.attention[start], self.mlp[start], h, features, start in self.own_layers)
 
@@ -229,16 +229,16 @@ class GroupLookahead:
     mlp: StackedMaps
     h: torch.Tensor  # [tokens, hidden]
     features: torch.Tensor  # [tokens, 4 * hidden]
-    owns_first: bool  # whether the attention of the group's first layer is this rank's
+    owns_first: bool  # whether the attention of the group's first layer is on this rank
 
     def attention_inputs(self, layers: int) -> torch.Tensor:
-        """What this rank's `layers` attentions of the group read, `[layers, tokens, hidden]`."""
+        """The inputs of this rank's `layers` attentions of the group, `[layers, tokens, hidden]`."""
         if self.owns_first and layers == 1:
             return self.h.unsqueeze(0)
         return self._corrected(self.attention, self.h, layers, self.owns_first)
 
     def mlp_inputs(self, prefixes: torch.Tensor) -> torch.Tensor:
-        """What the group's MLPs read in block scope; prefixes and result `[group, tokens, hidden]`."""
+        """The inputs of the group's MLPs in block scope; prefixes and result: `[group, tokens, hidden]`."""
         return self._corrected(self.mlp, prefixes, prefixes.shape[0], True)
 
     def _corrected(self, maps: StackedMaps, x: torch.Tensor, layers: int, first: bool) -> torch.Tensor:
@@ -246,7 +246,10 @@ class GroupLookahead:
 
 
 def input_features(h: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
-    """What every map of a group reads of its input and of the token before: `[..., hidden]` to `[..., 4 * hidden]`."""
+    """The features that all maps of a group read, from its input and the previous token's final hidden state.
+
+    h, previous: `[..., hidden]`; returns `[..., 4 * hidden]`.
+    """
     return group_features(h.flatten(0, -2), previous.flatten(0, -2), EPS).unflatten(0, h.shape[:-1])
 
 

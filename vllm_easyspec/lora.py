@@ -1,8 +1,8 @@
 """LoRA adapters of the target: every row of logits gets its request's adapter.
 
-vLLM 0.32's Model Runner V2 names one adapter per request for the LM head, which is one row of logits per request. A
-verifying request has a row for each draft as well. On a CPU vLLM then stops with a shape error, with any speculative
-method; on a GPU those rows go without the adapter's LM head. Remove this when `LoraState` counts the drafts.
+vLLM 0.32's Model Runner V2 gives the LM head one adapter per request, for one row of logits. A request with drafts to
+verify has another row for each draft. With any speculative method vLLM then fails with a shape error on a CPU; on a
+GPU it computes those rows without the adapter's LM head. Remove this when `LoraState` counts the drafts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ class VerifyingLoraState(LoraState):
     def make_lora_inputs(
         self, req_ids: list[str], idx_mapping: np.ndarray, num_scheduled_tokens: np.ndarray
     ) -> tuple[tuple[int, ...], tuple[int, ...], set[LoRARequest]]:
-        """The adapters of rows of logits, of tokens, and all that are active."""
+        """The adapter of each row of logits, the adapter of each token, and all active adapters."""
         of_requests, of_tokens, active = super().make_lora_inputs(req_ids, idx_mapping, num_scheduled_tokens)
         num_logits = [1 + len(self.drafts.get(req_id, ())) for req_id in req_ids]
         return tuple(np.repeat(of_requests, num_logits)), of_tokens, active

@@ -9,7 +9,7 @@ DRAFTER_CLASS = "vllm_easyspec.drafter.model:LayerParallelDrafter"  # imported w
 def register() -> None:
     """Teach vLLM `method: easyspec`. Idempotent; changes nothing for engines that don't ask for it.
 
-    On a vLLM that isn't supported only the refusal is installed, so that asking for easyspec gives one clear error.
+    On an unsupported vLLM only the refusal is installed, so that asking for easyspec gives one clear error.
     """
     supported = Support.of(vllm_version()) is not Support.UNSUPPORTED
     try:
@@ -17,7 +17,7 @@ def register() -> None:
     except ImportError:
         if supported:
             raise
-        return  # a vLLM so different that not even the refusal fits must still start
+        return  # even a vLLM that is too different for the refusal must start
     compat.apply()
     if supported:
         _register_drafter()

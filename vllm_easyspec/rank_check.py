@@ -1,11 +1,11 @@
-"""`check_ranks: true`: every rank feeds its own drafts to the target, so they must agree to the bit."""
+"""`check_ranks: true`: every rank passes its own drafts to the target, so they must agree bitwise."""
 
 import torch
 from vllm.distributed import get_tp_group
 
 
 def assert_same_on_ranks(what: str, tensor: torch.Tensor) -> None:
-    """Compare with rank 0's over the host. Raises RuntimeError on every rank that differs."""
+    """Compare `tensor` with rank 0's, on the host. Raises RuntimeError on every rank that differs."""
     group = get_tp_group()
     mine = tensor.cpu().contiguous()
     first = mine.clone()

@@ -25,11 +25,11 @@ from vllm.platforms import current_platform
 from vllm_easyspec.compat import cpu_lists, usable_cpus
 from vllm_easyspec.errors import CommandError
 
-LAST_WORDS_S = 1.0  # how long the other ranks are heard once one has failed
+GRACE_S = 1.0  # how long to wait for other ranks' reports once one has failed
 
 
 class RankError(CommandError):
-    """A rank failed, died or ran out of time. The message names the rank and holds its traceback."""
+    """A rank failed, died or timed out. The message names the rank and contains its traceback."""
 
 
 class _Group(NamedTuple):
@@ -46,7 +46,7 @@ def run_ranks(num_ranks: int, function: Callable, *args: Any, timeout_s: float =
     `RankError` for the first rank that fails, or after `timeout_s` seconds; no process is left behind either way.
     """
     deadline = time.monotonic() + timeout_s
-    VllmConfig()  # a CPU platform sets the environment of worker processes while it checks a configuration
+    VllmConfig()  # makes a CPU platform set the environment of worker processes
     context = multiprocessing.get_context("spawn")
     processes, results = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +62,7 @@ def run_ranks(num_ranks: int, function: Callable, *args: Any, timeout_s: float =
             return _collect(results, deadline, timeout_s)
         finally:
             for process in processes:
-                process.kill()  # also where all went well: Triton would complain of leaks at an ordinary exit
+                process.kill()  # also after success: at an ordinary exit Triton would complain of leaks
             for process in processes:
                 process.join()
             # vLLM's ranks leave their shared memory behind.
@@ -73,7 +73,7 @@ def run_ranks(num_ranks: int, function: Callable, *args: Any, timeout_s: float =
 def _collect(results: list[Connection], deadline: float, timeout_s: float) -> list[Any]:
     """Every rank's result; raises `RankError` for the first rank that failed or died.
 
-    The others then fail too, at a collective that has lost it, and may be heard first: so each tells when it failed.
+    The others then fail too, at a collective that has lost it, and may report first, so each reports when it failed.
     """
     done: dict[int, Any] = {}
     failed: dict[int, tuple[float, str]] = {}
@@ -87,14 +87,14 @@ def _collect(results: list[Connection], deadline: float, timeout_s: float) -> li
             try:
                 succeeded, value, at = pickle.loads(results[rank].recv_bytes())
             except EOFError:
-                failed[rank] = 0.0, "died before it returned a result"  # what others say is of its death
+                failed[rank] = 0.0, "died before it returned a result"  # the others fail because of it
                 continue
             if succeeded:
                 done[rank] = value
             else:
                 failed[rank] = at, f"failed:\n{value}"
         if failed:
-            deadline = min(deadline, time.monotonic() + LAST_WORDS_S)
+            deadline = min(deadline, time.monotonic() + GRACE_S)
     if failed:
         first = min(failed, key=lambda rank: failed[rank])
         raise RankError(f"rank {first} of {len(results)} {failed[first][1]}")
@@ -107,15 +107,15 @@ def _rank_main(
     rank: int, group: _Group, cpus: list[int], sender: Connection, function: Callable, args: tuple[Any, ...]
 ) -> None:
     """A rank's process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the ranks
-    tqdm.set_lock(threading.RLock())  # its own lock is a semaphore, which the end of this process would leave behind
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the ranks
+    tqdm.set_lock(threading.RLock())  # its own lock is a semaphore, which this process would leave behind
     if cpus:
         os.sched_setaffinity(0, cpus)
         torch.set_num_threads(len(cpus))
     try:
         with _tensor_parallel(rank, group):
-            gc.freeze()  # loading a model collects garbage; what has been imported is none
-            # Pickled here, tensors are copied; a pipe of torch's would share memory that dies with this process.
+            gc.freeze()  # loading a model collects garbage; spare it what has been imported
+            # Pickling copies tensors; torch's pipes would share memory that ends with this process.
             message = pickle.dumps((True, function(*args), time.time()))
     except BaseException as error:
         sender.send_bytes(pickle.dumps((False, traceback.format_exc(), time.time())))
@@ -127,7 +127,7 @@ def _rank_main(
 def _tensor_parallel(rank: int, group: _Group) -> Iterator[None]:
     """vLLM's distributed state, as its worker sets it up."""
     if current_platform.is_cpu():
-        import vllm.v1.worker.cpu.shm  # noqa: F401 - fills in torch functions that a CPU lacks, as vLLM's CPU worker does
+        import vllm.v1.worker.cpu.shm  # noqa: F401 - adds torch functions that a CPU lacks, as vLLM's worker does
     else:
         torch.accelerator.set_device_index(rank)
     from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
@@ -146,7 +146,7 @@ def _tensor_parallel(rank: int, group: _Group) -> Iterator[None]:
 
 
 def _cpus_by_rank(num_ranks: int) -> list[list[int]]:
-    """The CPUs of each rank; empty lists where ranks compute elsewhere."""
+    """The CPUs of each rank; empty lists if ranks don't compute on CPUs."""
     if not current_platform.is_cpu():
         return [[] for _ in range(num_ranks)]
     lists = cpu_lists(num_ranks, usable_cpus(num_ranks)).split("|")

@@ -9,17 +9,17 @@ SUPPORTED = ">=0.32,<0.34"
 
 
 class UnsupportedVllmError(RuntimeError):
-    """easyspec was asked for on a vLLM whose seams it doesn't know."""
+    """easyspec was asked for on an unsupported vLLM."""
 
 
 class Support(Enum):
     TESTED = "run and tested"
-    CHECKED = "seams checked against its sources, not run"
+    CHECKED = "checked against its sources, not run"
     UNSUPPORTED = "not supported"
 
     @classmethod
     def of(cls, version: str) -> "Support":
-        """Development builds count as the release they lead to; an unreadable version is not supported."""
+        """Development builds count as the release they precede; an unreadable version is unsupported."""
         try:
             parsed = Version(version)
         except InvalidVersion:
@@ -35,7 +35,7 @@ def vllm_version() -> str:
 
 
 def require_supported(version: str) -> None:
-    """Raise `UnsupportedVllmError` unless easyspec knows this vLLM."""
+    """Raise `UnsupportedVllmError` for an unsupported vLLM."""
     if Support.of(version) is Support.UNSUPPORTED:
         raise UnsupportedVllmError(
             f"method: easyspec needs vLLM {SUPPORTED}, but vLLM {version} is installed. "

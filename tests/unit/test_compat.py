@@ -193,8 +193,8 @@ CONFLICTS = {
         r"additional_config\['easyspec'\]={'scope': 'block'} is not allowed",
     ),
     "additional_config": ({"additional_config": object()}, "additional_config=.* is not a dict"),
-    "spec_tokens": ({"spec_tokens": 3}, "spec_tokens=3 stands beside speculative_config.*Remove it"),
-    "spec_model": ({"spec_model": "x"}, "spec_model='x' stands beside speculative_config"),
+    "spec_tokens": ({"spec_tokens": 3}, "spec_tokens=3 is given together with speculative_config.*Remove it"),
+    "spec_model": ({"spec_model": "x"}, "spec_model='x' is given together with speculative_config"),
     "pipeline": ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=2 is not supported with method: easyspec"),
     "fp8": ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8' is not supported.*--kv-cache-dtype auto"),
 }
@@ -369,7 +369,7 @@ def test_the_next_vllm_is_used_with_a_warning(monkeypatch, caplog):
 
     monkeypatch.setattr(vllm.version, "__version__", "0.33.0")
     assert type(engine_config(easyspec()).speculative_config) is compat.EasySpecSpeculativeConfig
-    assert "easyspec on vLLM 0.33.0: seams checked against its sources, not run." in caplog.text
+    assert "easyspec on vLLM 0.33.0: checked against its sources, not run." in caplog.text
 
 
 def test_a_model_config_has_what_the_checks_ask():

@@ -32,8 +32,8 @@ WRONG_YAML = {
 WRONG_JSON = {
     "a key given twice": ('{"model": "a", "model": "b"}', "the key 'model' is given twice"),
     "nested brackets": ("[" * 100_000, "nested|Expecting value"),
-    "no number": ('{"a": NaN}', "NaN is no number of JSON's"),
-    "infinity": ('{"a": -Infinity}', "-Infinity is no number of JSON's"),
+    "no number": ('{"a": NaN}', "NaN is not a JSON number"),
+    "infinity": ('{"a": -Infinity}', "-Infinity is not a JSON number"),
     "too many digits": ('{"a": ' + "9" * 5000 + "}", "Exceeds the limit"),
     "ten megabytes": ('"' + "x" * (10 << 20) + '"', "holds 10,485,762 characters"),
 }

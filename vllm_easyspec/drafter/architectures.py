@@ -1,4 +1,4 @@
-"""What the supported drafter families look like, read from their Hugging Face configuration."""
+"""The supported drafter families, and the shape of a drafter from its Hugging Face configuration."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ SUPPORTED_ROPE_TYPES = {"default", "linear", "dynamic", "llama3", "yarn"}
 
 
 class UnsupportedDrafterError(ValueError):
-    """The drafter is of a kind that easyspec can't run. The message says which kinds it can."""
+    """easyspec can't run this kind of drafter. The message lists the kinds that it can run."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class DrafterShape:
 
 
 def _refuse_variants(config: Any, architecture: str) -> None:
-    """Checkpoints of a supported class that compute something else than the class's plain form."""
+    """Refuse checkpoints of a supported class that compute something other than its plain form."""
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedDrafterError(
             f"quantization_config={config.quantization_config} in a drafter of class {architecture}: only unquantized "
@@ -118,7 +118,7 @@ def _refuse_variants(config: Any, architecture: str) -> None:
 
 
 def _rope_parameters(config: Any) -> dict[str, Any]:
-    """`rope_parameters` as vLLM's `get_rope` takes them, also from configurations that predate the field."""
+    """`rope_parameters` for vLLM's `get_rope`, also from configurations older than that field."""
     parameters = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
     parameters.setdefault("rope_type", parameters.pop("type", "default"))
     parameters.setdefault("rope_theta", getattr(config, "rope_theta", None) or 10000.0)
@@ -126,7 +126,7 @@ def _rope_parameters(config: Any) -> dict[str, Any]:
 
 
 def _sliding_window(config: Any, architecture: str) -> int | None:
-    """The window that all layers share, or None. Raises `UnsupportedDrafterError` where layers differ."""
+    """The sliding window of all layers, or None. Raises `UnsupportedDrafterError` if layers differ."""
     window = getattr(config, "sliding_window", None)
     if window is None or not getattr(config, "use_sliding_window", True):
         return None

@@ -1,17 +1,16 @@
-"""The drafter's pages on this rank: who owns them, and how a group's layers become one batch of sequences.
+"""The drafter's K/V pages on this rank: who owns them, and how a group's layers become one batch of sequences.
 
-Ownership. vLLM's K/V cache manager hands out blocks; target and drafter share one block table, so block `b` of a
-request means page `b` of every layer, the target's and the drafter's. A rank holds pages only for the layers that live
-on it. What is in a drafter page: precise K/V for every position up to a request's newest token once a round's
-calibration has run, and fuzzy K/V for at most K-1 positions above it, which the next calibration overwrites or which
-no one reads. A page that vLLM shares through prefix caching holds only positions that calibration has passed. Where
-rounds of K = 0 were paused, pages are behind; their blocks are marked, and read before the next draft
-(`uncalibrated.py`).
+Ownership. vLLM's K/V cache manager allocates blocks; target and drafter share one block table, so block `b` of a
+request means page `b` of every layer, of the target and of the drafter. A rank holds pages only for its own layers. A
+drafter page contains precise K/V for every position up to a request's newest token once a round's calibration has run,
+and fuzzy K/V for at most K-1 positions after it, which the next calibration overwrites or which is never read. A page
+that vLLM shares through prefix caching contains calibrated positions only. Paused rounds (K = 0) leave pages behind;
+their blocks are marked, and read before the next draft (`uncalibrated.py`).
 
-The virtual batch. vLLM lays the pages of layers with one spec out one layer after another, with one stride. So the
-pages of a rank's layers `s .. s+G-1` are one row of `G * num_blocks` pages that starts at layer `s`, and `G` layers
-over `B` requests are `G * B` sequences of one paged-attention call: block tables shifted by `num_blocks` a layer, cache
-slots by `num_blocks * block_size`.
+The virtual batch. vLLM places the pages of layers with the same K/V spec one layer after another, at a constant stride.
+So the pages of a rank's layers `s .. s+G-1` are one array of `G * num_blocks` pages that starts at layer `s`, and `G`
+layers of `B` requests are `G * B` sequences of one paged-attention call: block tables are shifted by `num_blocks` per
+layer, cache slots by `num_blocks * block_size`.
 """
 
 import weakref
@@ -32,13 +31,13 @@ from vllm_easyspec.ops import WHY_NOT_NATIVE, advance_draft_inputs, shift_block_
 if TYPE_CHECKING:
     from vllm_easyspec.drafter.model import Rotate
 
-# Backends whose pages hold a key and then a value, each as it is: `[pages, kv_heads, page tokens, 2 * head_dim]`. Of
-# vLLM's others CPU_ATTN packs keys for its vector units.
+# Backends whose pages hold plain keys and values: `[pages, kv_heads, page tokens, 2 * head_dim]`. CPU_ATTN instead
+# packs keys for its vector units.
 PLAIN_CACHE_BACKENDS = {"FLASH_ATTN", "TRITON_ATTN"}
 
 
 class DrafterAttention(Attention):
-    """Registers the pages of one drafter layer with vLLM and holds the backend's implementation."""
+    """Registers the pages of one drafter layer with vLLM, and holds the attention backend's implementation."""
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         """Full attention, also for a drafter with a sliding window: its pages then follow the target's block table."""
@@ -53,14 +52,15 @@ class DrafterAttention(Attention):
 
 @dataclass(frozen=True)
 class Sequences:
-    """The tokens of one pass as paged-attention sequences: of one layer, or of several by `repeat_layers`.
+    """The tokens of one pass as paged-attention sequences: of one layer, or, from `repeat_layers`, of several.
 
-    Not vLLM's `CommonAttentionMetadata` itself, which `PagedKV.metadata` makes of it for each build: that one caches
-    what builders derive from it, and a copy for more layers, or for the next step, would go on with stale values.
+    Not vLLM's `CommonAttentionMetadata`, which `PagedKV.metadata` makes from it for each build: that class caches what
+    builders derive from it, and a copy for more layers, or for the next step, would keep stale values.
 
-    positions: `[tokens] int64`; slots: `[tokens] int64`, -1 where nothing is written; query_start_loc: `[reqs + 1]
-    int32` (and on the host); seq_lens: `[reqs] int32`, keys that the last query of a request sees; seq_lens_bound: the
-    same on the host, an upper bound; block_table: `[reqs, width] int32`; max_query_len, max_seq_len: host upper bounds.
+    positions: `[tokens] int64`; slots: `[tokens] int64`, -1 for tokens whose K/V is not written; query_start_loc:
+    `[reqs + 1] int32`, and its copy on the host; seq_lens: `[reqs] int32`, keys that the last query of a request sees;
+    seq_lens_bound: upper bounds of these on the host; block_table: `[reqs, width] int32`; max_query_len, max_seq_len:
+    upper bounds.
     """
 
     positions: torch.Tensor
@@ -74,7 +74,7 @@ class Sequences:
     max_seq_len: int
 
     def repeat_layers(self, num_layers: int, num_blocks: int, block_size: int) -> "Sequences":
-        """The same tokens in `num_layers` layers, layer by layer. They serve any group of that many.
+        """The same tokens in `num_layers` layers, layer by layer, for any group of that size.
 
         num_blocks: cache blocks of one layer, each of `block_size` tokens.
         """
@@ -94,7 +94,7 @@ class Sequences:
 
 
 class PagedKV:
-    """Joint views over the pages of this rank's drafter layers. Rebuilt whenever vLLM binds other pages."""
+    """Joint views of the pages of this rank's drafter layers. Built again whenever vLLM binds other pages."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class PagedKV:
         captured_tokens: int = 0,
     ):
         """layers: this rank's, in the model's order; group: their vLLM attention group, None where the rank has none;
-        captured_tokens: of the longest pass, other than a draft loop's, that a CUDA graph may hold.
+        captured_tokens: tokens of the longest calibration pass that a CUDA graph may hold.
 
         Raises ValueError where the pages are not laid out one layer after another.
         """
@@ -114,11 +114,11 @@ class PagedKV:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.captured_tokens = captured_tokens
-        # Weak, so as not to keep pages that vLLM lets go; not an address, since later pages may come to lie there.
+        # Weak, so as not to keep pages that vLLM has freed; an address would not do, since later pages may reuse it.
         self.first_pages = weakref.ref(layers[0].kv_cache) if layers else None
         if layers:
             self._check_layout()
-        # What `rotate_and_store` may write; its reference can't within a CUDA graph.
+        # Whether `rotate_and_store` may write the pages; its reference can't do so within a CUDA graph.
         self.is_plain = (
             bool(layers) and WHY_NOT_NATIVE is None and layers[0].attn_backend.get_name() in PLAIN_CACHE_BACKENDS
         )
@@ -150,14 +150,14 @@ class PagedKV:
         return self.first_pages is None or self.layers[0].kv_cache is self.first_pages()
 
     def pages(self, layers: slice) -> torch.Tensor:
-        """The pages of consecutive layers as one cache, `[layers * pages, ...]`, each in the backend's own form."""
+        """The pages of consecutive layers as one cache, `[layers * pages, ...]`, in the backend's own layout."""
         first = self.layers[layers.start].kv_cache
         count = layers.stop - layers.start
         size = (count * first.shape[0], *first.shape[1:])
         return torch.as_strided(first, size, first.stride(), first.storage_offset())
 
     def metadata(self, sequences: Sequences) -> Any:
-        """The attention backend's metadata for virtual sequences; it refers to their tensors."""
+        """The attention backend's metadata for `sequences`; it refers to their tensors."""
         assert self.group is not None
         metadata = self.group.build_metadata(
             CommonAttentionMetadata(
@@ -174,12 +174,12 @@ class PagedKV:
                 positions=sequences.positions,
                 is_prefilling=torch.zeros(sequences.seq_lens.shape[0], dtype=torch.bool),
             ),
-            # No schedule in the builder's own buffer: a pass holds metadata for groups of several sizes at once.
+            # Without a schedule in the builder's one buffer: a pass holds metadata for groups of several sizes.
             fast_build=True,
         )
         is_long = sequences.max_query_len > 1 and sequences.positions.shape[0] > self.captured_tokens
         if is_long and hasattr(metadata, "max_num_splits"):
-            # FlashAttention 3 would take a buffer of all queries for each split that a graph may need.
+            # Otherwise FlashAttention 3 would allocate a buffer of all queries for each split that a graph may need.
             metadata.max_num_splits = 0
         return metadata
 
@@ -196,7 +196,7 @@ class PagedPass:
     def __init__(self, pages: PagedKV, sequences: Sequences):
         self.pages = pages
         self.sequences = sequences
-        self.virtual: dict[int, tuple[Sequences, Any]] = {}  # by layers: their sequences, and the backend's metadata
+        self.virtual: dict[int, tuple[Sequences, Any]] = {}  # by number of layers, with the backend's metadata
 
     def _virtual(self, num_layers: int) -> tuple[Sequences, Any]:
         if num_layers not in self.virtual:
@@ -222,10 +222,10 @@ class PagedPass:
 
 
 class DecodePass(PagedPass):
-    """The passes of a fuzzy loop, one token per request; `advance` moves all requests on by a position, in place.
+    """The passes of a loop of fuzzy steps, one token per request; `advance` moves all requests by a position, in place.
 
-    Where the attention backend can refresh its metadata on the device, nothing is built on the host between steps, so
-    the whole loop may be recorded in a CUDA graph.
+    If the attention backend can refresh its metadata on the device, nothing is built on the host between steps, so a
+    CUDA graph can record the whole loop.
     """
 
     def __init__(
@@ -238,9 +238,10 @@ class DecodePass(PagedPass):
         max_len: int,
         max_seq_len: int,
     ):
-        """positions: `[reqs] int64`, of the tokens read last, -1 of requests that pad the batch; live: `[reqs]
+        """positions: `[reqs] int64`, of the tokens read last, -1 for requests that pad the batch; live: `[reqs]
         bool`, requests that write and read pages; block_table: `[reqs, width] int32`; num_layers: this rank's share of
-        the largest group; max_len: positions that the drafter may hold; max_seq_len: bound on the loop's positions.
+        the largest group; max_len: positions that the drafter may hold; max_seq_len: upper bound of sequence lengths in
+        the loop.
         """
         reqs, device = positions.shape[0], positions.device
         self.positions, self.live, self.max_len = positions, live, max_len
@@ -248,7 +249,7 @@ class DecodePass(PagedPass):
         self.input_ids = torch.empty_like(positions)
         starts_cpu = torch.arange(num_layers * reqs + 1, dtype=torch.int32)
         bound = min(max_seq_len, max_len)
-        # Layer by layer, so that the sequences of fewer layers are the first of these.
+        # Layer by layer, so that the sequences of fewer layers are a prefix.
         self.all_layers = Sequences(
             positions=torch.empty(num_layers * reqs, dtype=torch.int64, device=device),
             slots=torch.empty(num_layers * reqs, dtype=torch.int64, device=device),
@@ -301,7 +302,7 @@ class DecodePass(PagedPass):
 
 @dataclass
 class UnpagedPass:
-    """A pass without pages, for vLLM's memory profiling: attention is the identity on q. Implements `Attend`."""
+    """A pass without pages, for vLLM's memory profiling: its attention returns q. Implements `Attend`."""
 
     positions: torch.Tensor
 
@@ -311,9 +312,9 @@ class UnpagedPass:
 
 
 class DensePass:
-    """Precise attention over one whole sequence, without pages; keeps the K/V it saw. Implements `Attend`.
+    """Precise attention over one whole sequence, without pages; keeps its K/V in `seen`. Implements `Attend`.
 
-    The audit's oracle: it shares the drafter's weights with the drafting passes, and nothing of their paging.
+    The audit's reference: it shares the drafter's weights with the drafting passes, but not their paging.
     """
 
     def __init__(self, num_tokens: int, sliding_window: int | None, device: torch.device):

@@ -8,10 +8,10 @@ from vllm_easyspec.drafter.architectures import DrafterShape
 
 @dataclass(frozen=True)
 class LayerPlacement:
-    """The attention of layer `l` lives whole on rank `l mod num_ranks`.
+    """The whole attention of layer `l` is on rank `l mod num_ranks`.
 
-    Consecutive layers land on different ranks, so a group spreads evenly, and a rank's share of any group is one
-    contiguous slice of its own layers. A rank's own layers are counted from 0 in the order of the model.
+    Consecutive layers are on different ranks, so a group is spread evenly, and a rank's share of any group is one
+    contiguous slice of its own layers. A rank's own layers are numbered from 0 in the order of the model.
     """
 
     num_layers: int
@@ -21,7 +21,7 @@ class LayerPlacement:
         return layer % self.num_ranks
 
     def layers_of(self, rank: int) -> range:
-        """The model's layers whose attention lives on `rank`; empty where there are more ranks than layers."""
+        """The model's layers whose attention is on `rank`; empty for ranks beyond the number of layers."""
         return range(rank, self.num_layers, self.num_ranks)
 
     def local_slice(self, rank: int, group: range) -> slice:
@@ -36,9 +36,9 @@ class LayerPlacement:
 
 
 class MlpPlacement(Enum):
-    """How a layer's MLP lies on the ranks."""
+    """How a layer's MLP is distributed over the ranks."""
 
-    TENSOR = "tensor"  # the width is cut among the ranks; one all-reduce per MLP, or one per block-scope group
+    TENSOR = "tensor"  # the width is cut over the ranks; one all-reduce per MLP, or per group in block scope
     REPLICATE = "replicate"  # whole on every rank; no collective
 
     def shard(self, width: int, rank: int, num_ranks: int) -> range:
@@ -49,9 +49,8 @@ class MlpPlacement(Enum):
 
 
 # Replicating an MLP costs reading the other ranks' shares from memory and saves one all-reduce. The break-even is the
-# bytes that a rank reads in the time of one small all-reduce. On a CPU, measured with two ranks by `vllm-easyspec bench
-# draft-step --mlp tensor` and `--mlp replicate`: 5 us, and 300 kB take 20 us (docs/experiments.md). On a GPU assumed:
-# about 8 us (vLLM's custom all-reduce over NVLink) at 3 TB/s.
+# number of bytes that a rank reads in the time of one small all-reduce. On a CPU it is measured (docs/results.md,
+# "Draft steps"); on a GPU it is assumed: about 8 us, vLLM's custom all-reduce over NVLink, at 3 TB/s.
 REPLICATE_BELOW_BYTES = {"cuda": 24_000_000, "cpu": 75_000}
 
 

@@ -15,9 +15,9 @@ SCOPES: tuple[Scope, ...] = ("attention", "block")
 class DraftPlan:
     """How one fuzzy step runs: a partition of the drafter's layers into groups of consecutive layers, and a scope.
 
-    The layers of a group read one input. Scope `attention` runs a group's attentions side by side and its MLPs in
-    order; scope `block` then runs its MLPs side by side too. A plan of groups of one is the precise pass, whose scope
-    makes no difference: it is always `attention`, so that there is one precise plan.
+    The layers of a group read the same input. Scope `attention` runs a group's attentions side by side and its MLPs in
+    order; scope `block` runs its MLPs side by side too. A plan of groups of one layer is the precise pass, for which
+    the scope makes no difference: it is always set to `attention`, so that there is only one precise plan.
     """
 
     group_sizes: tuple[int, ...]
@@ -47,7 +47,7 @@ class DraftPlan:
 
     @property
     def sequential_steps(self) -> int:
-        """Sublayers one after another in a step: 2 for a single layer, `1 + N` for a group of N (2 in block scope)."""
+        """Sublayers that run one after another in a step: per group of N layers `1 + N`, in block scope 2."""
         return sum(1 + (size if self.scope == "attention" else 1) for size in self.group_sizes)
 
     @property
@@ -66,7 +66,7 @@ class DraftPlan:
     def grouped(
         cls, num_layers: int, group_size: int, precise_head: int, precise_tail: int, scope: Scope = "attention"
     ) -> "DraftPlan":
-        """Groups of `group_size` between single layers at either end, the remainder a smaller group at the end.
+        """Groups of `group_size` between single layers at either end; the last group may be smaller.
 
         A drafter with fewer layers than `precise_head + precise_tail` gets the precise plan.
         """
@@ -82,7 +82,7 @@ class DraftPlan:
     def of_sizes(
         cls, num_layers: int, group_sizes: Sequence[int], scope: Scope = "attention", name: str = "plan"
     ) -> "DraftPlan":
-        """Raises ValueError, which calls the sizes `name`, where they don't add up to `num_layers`."""
+        """Raises ValueError if the sizes, called `name` in the message, don't add up to `num_layers`."""
         plan = cls(tuple(group_sizes), scope)
         if plan.num_layers != num_layers:
             raise ValueError(
@@ -110,7 +110,7 @@ class PlanRange:
 
 @dataclass(frozen=True)
 class PlanTable:
-    """A plan for every batch size. Ranges ascend, and the last one is open."""
+    """A plan for every batch size. Ranges ascend, and the last one has no end."""
 
     ranges: tuple[PlanRange, ...]
 
@@ -118,11 +118,11 @@ class PlanTable:
         *bounded, last = [entry.up_to for entry in self.ranges]
         ascending = all(end is not None for end in bounded) and sorted(set(bounded)) == bounded  # type: ignore[type-var]
         if not ascending or last is not None:
-            raise ValueError(f"ranges up to {[*bounded, last]} don't ascend to an open one")
+            raise ValueError(f"ranges up to {[*bounded, last]} don't ascend to one without an end")
 
     @classmethod
     def of(cls, beyond: DraftPlan, ranges: Iterable[tuple[int | None, DraftPlan]] = ()) -> "PlanTable":
-        """ranges: `(up_to, plan)`, ascending; larger batches take `beyond` unless the last of them is open."""
+        """ranges: `(up_to, plan)`, ascending; larger batches take `beyond` unless the last range has no end."""
         entries = [PlanRange(up_to, plan) for up_to, plan in ranges]
         if not entries or entries[-1].up_to is not None:
             entries.append(PlanRange(None, beyond))
@@ -134,7 +134,7 @@ class PlanTable:
 
     @property
     def largest(self) -> DraftPlan:
-        """The plan of the largest batches; of all where there is one range."""
+        """The plan of the largest batches; of all batches if there is one range."""
         return self.ranges[-1].plan
 
     @property

@@ -1,9 +1,9 @@
 """xformers' paged split-k attention for the drafter's virtual batch, as an attention backend of vLLM named XFORMERS.
 
-For where vLLM's chosen backend can't take the virtual batch, or by name (`grouped_attention: xformers`). Pages and
-cache write are the Triton backend's; only the attention call differs. xformers' causal masks want queries in equal runs
-of at most 16, so a sequence's queries are cut from its end into such runs, each a sequence of its own that sees fewer
-keys; rows that fill up the first run are computed and dropped.
+Used where the backend that vLLM chose can't take the virtual batch, or on request (`grouped_attention: xformers`).
+Pages and cache write are the Triton backend's; only the attention call differs. xformers' causal masks require queries
+in runs of equal length, at most 16. So a sequence's queries are cut, from its end, into such runs, each a sequence of
+its own that sees fewer keys; queries that fill up the first run are computed and dropped.
 """
 
 import copy
@@ -37,9 +37,9 @@ HEAD_SIZES = (16, 32, 64, 128, 256, 512)  # of its kernel
 
 
 def choose(config: VllmConfig, grouped_attention: GroupedAttention) -> VllmConfig:
-    """The drafter's configuration, with xformers as its backend where that is asked for or nothing else serves.
+    """The drafter's configuration, with xformers as its backend if that is asked for or no other can be used.
 
-    Raises `ConfigError` where it is needed and can't run.
+    Raises `ConfigError` if it is needed and can't run.
     """
     if grouped_attention == "backend":
         return config
@@ -63,12 +63,12 @@ def choose(config: VllmConfig, grouped_attention: GroupedAttention) -> VllmConfi
 
 
 def is_chosen(config: VllmConfig) -> bool:
-    """Whether `choose` has put xformers in; the same on ranks that hold no layer."""
+    """Whether `choose` chose xformers; the same on ranks without a layer."""
     return getattr(config.attention_config.backend, "name", None) == NAME
 
 
 def register() -> AttentionBackendEnum:
-    """Make the backend known to vLLM in this process; may be repeated."""
+    """Register the backend with vLLM in this process. May be repeated."""
     if NAME in AttentionBackendEnum.__members__:
         return AttentionBackendEnum[NAME]
     return AttentionBackendEnum.register(NAME, f"{__name__}.XFormersBackend")
@@ -87,7 +87,7 @@ def _vllms_choice(config: VllmConfig) -> str:
 
 
 class XFormersBackend(TritonAttentionBackend):
-    """What it can't do is refused by vLLM when a layer is built: `Selected backend ... is not valid ... Reason`."""
+    """vLLM refuses what it can't do when a layer is built: `Selected backend ... is not valid ... Reason`."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16"]
@@ -139,21 +139,21 @@ class XFormersBackend(TritonAttentionBackend):
 
 @dataclass(frozen=True)
 class Runs:
-    """Queries cut into equal runs. A run is one of xformers' sequences; their number is padded to a power of two."""
+    """Queries cut into runs of equal length. A run is one of xformers' sequences; their number is a power of two."""
 
     width: int  # queries per run
-    take: torch.Tensor  # [runs * width] int64: the token that fills a row
-    back: torch.Tensor  # [tokens] int64: a token's row
-    sequence: torch.Tensor  # [runs] int64: whose keys a run sees
-    unseen: torch.Tensor  # [runs] int32: how many of its sequence's last keys it doesn't see
+    take: torch.Tensor  # [runs * width] int64: the token at each place of a run
+    back: torch.Tensor  # [tokens] int64: the place of each token
+    sequence: torch.Tensor  # [runs] int64: the sequence whose keys a run sees
+    unseen: torch.Tensor  # [runs] int32: how many of that sequence's last keys it doesn't see
 
     @classmethod
     def cut(cls, query_starts: np.ndarray, longest: int, device: torch.device) -> "Runs":
-        """query_starts: `[sequences + 1]`; longest: an upper bound of queries a sequence."""
+        """query_starts: `[sequences + 1]`; longest: upper bound of queries per sequence."""
         width = min(LONGEST_RUN, _power_of_two(longest))
         lens = np.diff(query_starts)
         counts = -(-lens // width)
-        # The kernel is compiled for a number of runs: padding bounds how many are met. Padding reads sequence 0.
+        # The kernel is compiled for each number of runs: padding limits how many there are. Padding reads sequence 0.
         padded = _power_of_two(int(counts.sum()))
         sequence, after = np.zeros(padded, np.int64), np.zeros(padded, np.int64)
         live = int(counts.sum())
@@ -181,19 +181,19 @@ def _power_of_two(number: int) -> int:
 @dataclass(frozen=True)
 class XFormersMetadata:
     query_starts: np.ndarray  # [sequences + 1]
-    longest: int  # an upper bound of queries a sequence
-    seq_lens: torch.Tensor  # [sequences] int32; read anew by each call, so a graph's replay sees new lengths
+    longest: int  # upper bound of queries per sequence
+    seq_lens: torch.Tensor  # [sequences] int32; read by each call, so that new lengths are seen
     block_table: torch.Tensor  # [sequences, width] int32
 
     @cached_property
     def runs(self) -> Runs:
-        """Not cut before the first call: vLLM's runner builds metadata for these layers too, and never runs them."""
+        """Cut at the first call only: vLLM's runner builds metadata for these layers too, but never runs them."""
         return Runs.cut(self.query_starts, self.longest, self.seq_lens.device)
 
 
 class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
-    # Of the target's graphs, which don't run these layers: a lower one would take its graphs away from it. The
-    # drafter's own can't hold `Runs`, which are copied from the host; the speculator asks `is_chosen`.
+    # vLLM reads this for the target's graphs, which don't contain these layers: less would disable them. The drafter's
+    # own graphs can't contain `Runs`, which are copied from the host; `open_graphs` asks `is_chosen`.
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
     supports_draft_decode_metadata_update = True
 
@@ -210,10 +210,12 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
         return XFormersMetadata(starts, common.max_query_len, common.seq_lens, common.block_table_tensor)
 
     def update_draft_decode_metadata(self, _metadata: XFormersMetadata) -> None:
-        """Nothing to refresh: lengths and block tables are the caller's own buffers."""
+        """Do nothing: lengths and block tables are the caller's own buffers."""
 
 
 class XFormersImpl(TritonAttentionImpl):
+    """The Triton backend's implementation with xformers' attention."""
+
     def forward(  # type: ignore[override]
         self,
         layer: torch.nn.Module,
@@ -227,7 +229,7 @@ class XFormersImpl(TritonAttentionImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """query, output: `[tokens, heads, head_size]`; kv_cache: `[pages, kv_heads, page_size, 2 * head_size]`, keys
-        before values, either order of heads and tokens in memory."""
+        before values, with heads and tokens in either order in memory."""
         runs = attn_metadata.runs
         keys, values = kv_cache.split(self.head_size, dim=-1)
         attended = paged_attention(
@@ -235,7 +237,7 @@ class XFormersImpl(TritonAttentionImpl):
             keys,
             values,
             attn_metadata.block_table[runs.sequence],
-            # A padded sequence has no keys; its rows are dropped, so let them see one rather than divide by zero.
+            # A padding sequence has no keys; its result is dropped, so it sees one key rather than divide by zero.
             (attn_metadata.seq_lens[runs.sequence] - runs.unseen).clamp_(min=1),
             runs.width,
             self.scale,
@@ -252,10 +254,10 @@ def paged_attention(
     width: int,
     scale: float,
 ) -> torch.Tensor:
-    """Causal attention of the last `width` positions of each sequence, by xformers. Returns query's shape.
+    """xformers' causal attention of the last `width` positions of each sequence. Returns a tensor of query's shape.
 
     query: `[sequences * width, heads, head_size]`; keys, values: `[pages, kv_heads, page_size, head_size]`;
-    block_table: `[sequences, pages a sequence] int32`; seq_lens: `[sequences] int32`, at least 1.
+    block_table: `[sequences, pages per sequence] int32`; seq_lens: `[sequences] int32`, at least 1.
     """
     from xformers.ops.fmha.attn_bias import (
         PagedBlockDiagonalCausalWithOffsetPaddedKeysMask as PagedCausalMask,
@@ -267,7 +269,7 @@ def paged_attention(
     grouped = (1, query.shape[0], kv_heads, query.shape[1] // kv_heads, head_size)
     key_rows, pages_a_block = _rows(keys, grouped[3])
     value_rows, _ = _rows(values, grouped[3])
-    # Lengths on the host serve xformers' own checks, which the operator itself doesn't run.
+    # Lengths on the host are for xformers' own checks, which the operator doesn't run.
     mask = PagedCausalMask(
         q_seqinfo=_SeqLenInfo(seqstart=None, max_seqlen=width, min_seqlen=width, seqstart_py=[0]),
         k_seqinfo=_PaddedSeqLenInfo(
@@ -281,11 +283,11 @@ def paged_attention(
     return out.reshape(query.shape)
 
 
-def _rows(pages: torch.Tensor, queries_a_head: int) -> tuple[torch.Tensor, int]:
-    """Keys or values as the kernel reads them, one row per token: `[1, rows, kv_heads, queries_a_head, head_size]`.
+def _rows(pages: torch.Tensor, queries_per_head: int) -> tuple[torch.Tensor, int]:
+    """Keys or values as the kernel reads them, one row per token: `[1, rows, kv_heads, queries_per_head, head_size]`.
 
-    Also by how much a block number grows. Where a page's tokens lie head by head, a head's rows of one block are
-    `kv_heads` blocks away from its rows of the next.
+    Also the factor for block numbers: if a page's tokens are stored head by head, a head's rows in one block are
+    `kv_heads` blocks away from its rows in the next.
     """
     num_pages, kv_heads, page_size, head_size = pages.shape
     block, head, token, _ = pages.stride()
@@ -298,13 +300,13 @@ def _rows(pages: torch.Tensor, queries_a_head: int) -> tuple[torch.Tensor, int]:
             f"xformers can't read K/V pages with strides {tuple(pages.stride())} for {tuple(pages.shape)}. Write "
             "grouped_attention: backend"
         )
-    view = pages.as_strided((1, rows, kv_heads, queries_a_head, head_size), (0, token, head, 0, 1))
+    view = pages.as_strided((1, rows, kv_heads, queries_per_head, head_size), (0, token, head, 0, 1))
     return view, factor
 
 
 @cache
 def _operator(page_size: int) -> Any:
-    """xformers' operator with a tile of keys that divides the page."""
+    """xformers' operator with a tile of keys whose size divides the page's."""
     from xformers.ops.fmha.triton_splitk import FwOp
 
     tile = min(FwOp.BLOCK_N, page_size & -page_size)
