@@ -1,7 +1,7 @@
-"""What an engine must be like for easyspec: each thing that can't work is refused by name, before a model is loaded.
+"""Settings that easyspec can't work with: each is refused by name, before a model is loaded.
 
-The table holds what can be known from vLLM's configuration. What only shows later (the attention backend that vLLM
-chose, one cache group, pages one layer after another) is checked by the worker.
+The table covers what vLLM's configuration tells. What is only determined later (the attention backend that vLLM chose,
+the cache groups, the layout of the pages) is checked by the worker.
 """
 
 import importlib.metadata
@@ -25,21 +25,22 @@ from vllm_easyspec.drafter.vocabulary import (
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
 
-# K/V types whose pages a drafter can share: no scales, no packing.
+# K/V types of pages that a drafter can share: no scales, no packing.
 PLAIN_KV_TYPES = {"auto", "float16", "bfloat16"}
 
-# Attention backends that take the drafter's virtual batch. Others keep the state of one batch in their builder, where a
-# pass needs that of groups of several sizes at once, or index by the number of blocks of one layer, or were not read.
+# Attention backends that can process the drafter's virtual batch. Others keep the state of one batch in their builder,
+# while a pass needs metadata for groups of several sizes at once, or index by the number of blocks of one layer, or
+# have not been reviewed.
 ATTENTION_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 
-# Where no tokenizer can be asked, a shorter drafter vocabulary is taken for padding below this many rows. Checkpoints
-# are padded to a multiple of at most 256 a side; Qwen2.5's vocabularies differ by 128.
+# If there is no tokenizer to ask, fewer missing tokens than this in the drafter's vocabulary are assumed to be padding.
+# Vocabularies are padded to multiples of at most 256, on either side; Qwen2.5's differ by 128.
 MOST_PADDING = 512
 
-# The kernel of xformers 0.0.35 is written with tl.make_block_ptr.
+# The kernel of xformers 0.0.35 uses tl.make_block_ptr.
 TRITON_WITHOUT_BLOCK_POINTERS = Version("3.9")
 
-# `SpeculativeConfig.__post_init__` takes a drafter whose name or path holds one of these for another method's.
+# If a drafter's name or path contains one of these, `SpeculativeConfig.__post_init__` assumes another method.
 MARKS_OF_OTHER_METHODS = ("eagle-", "eagle3", "dflash", "dspark")
 
 
@@ -70,13 +71,13 @@ def _above_one(setting: str, why_and_remedy: str) -> Refusal:
 
 
 def _chosen_backend(config: "VllmConfig") -> str | None:
-    """The attention backend that the user named for the drafter, or for all; None where vLLM is to choose."""
+    """The attention backend that the user chose for the drafter, or for all layers; None if vLLM is to choose."""
     chosen = config.speculative_config.attention_backend or config.attention_config.backend
     return None if chosen is None else chosen.name
 
 
 def _layouts_block_by_block() -> set[str]:
-    """Names of the K/V layouts in which a block holds the pages of all layers."""
+    """Names of the K/V layouts in which a block contains the pages of all layers."""
     from vllm.v1.kv_cache_interface import KVCacheLayout
 
     return {layout.name for layout in KVCacheLayout if not layout.is_layer_compact}
@@ -89,7 +90,7 @@ def _asked_layout() -> str | None:
 
 
 def why_no_xformers() -> str | None:
-    """What keeps xformers from running here, with the remedy; None where it can."""
+    """Why xformers can't run here, with the remedy; None if it can."""
     try:
         importlib.metadata.version("xformers")
     except importlib.metadata.PackageNotFoundError:
@@ -104,7 +105,7 @@ def why_no_xformers() -> str | None:
 
 
 def _xformers_serves(config: "VllmConfig") -> bool:
-    """Whether the drafter may have xformers' attention in place of a backend's."""
+    """Whether the drafter may use xformers' attention in place of a backend's."""
     wanted = RuntimeOptions.from_vllm(config).grouped_attention
     return wanted == "xformers" or wanted == "auto" and why_no_xformers() is None
 
@@ -114,7 +115,7 @@ ATTENTION_BACKEND = Refusal(
     _chosen_backend,
     lambda config: _chosen_backend(config) not in (None, *ATTENTION_BACKENDS) and not _xformers_serves(config),
     f"the drafter's attention needs one of {', '.join(ATTENTION_BACKENDS)}. Write attention_backend: TRITON_ATTN "
-    "(or FLASH_ATTN) beside method: easyspec; the target may keep its own",
+    "(or FLASH_ATTN) next to method: easyspec; the target may keep its own",
 )
 XFORMERS = "XFORMERS"  # `drafter.xformers_attention`, in place of a backend of vLLM's
 
@@ -126,15 +127,15 @@ REFUSALS = (
     ),
     _above_one(
         "data_parallel_size",
-        "it was never tried. Start one engine a replica, each with its own --tensor-parallel-size",
+        "it has not been tested. Start one engine per replica, each with its own --tensor-parallel-size",
     ),
     _above_one(
         "decode_context_parallel_size",
-        "it cuts a request's K/V over the ranks, where the drafter needs whole layers. Remove it",
+        "it cuts a request's K/V over the ranks, but the drafter needs whole layers. Remove it",
     ),
     _above_one(
         "prefill_context_parallel_size",
-        "it cuts a prompt over the ranks, where the drafter needs whole layers. Remove it",
+        "it cuts a prompt over the ranks, but the drafter needs whole layers. Remove it",
     ),
     Refusal(
         "kv_offloading_size",
@@ -168,32 +169,32 @@ REFUSALS = (
         "enable_sleep_mode",
         lambda config: config.model_config.enable_sleep_mode,
         lambda config: config.model_config.enable_sleep_mode,
-        "it was never tried. Remove it",
+        "it has not been tested. Remove it",
     ),
     Refusal(
         "runner",
         lambda config: config.model_config.runner_type,
         lambda config: config.model_config.runner_type == "pooling",
-        "a pooling model generates nothing that could be drafted. Remove the speculative configuration",
+        "a pooling model generates no tokens to draft. Remove the speculative configuration",
     ),
     Refusal(
         "enable_dbo",
         lambda config: config.parallel_config.enable_dbo,
         lambda config: config.parallel_config.use_ubatching,
-        "it cuts a batch in two, and the drafter drafts for the whole. Remove it",
+        "it splits a batch in two, but the drafter drafts for the whole batch. Remove it",
     ),
     Refusal(
         "model",
         lambda config: config.model_config.model,
         lambda config: config.model_config.is_hybrid or config.model_config.is_attention_free,
-        "the target has recurrent (Mamba-like) layers, whose state lies in cache groups of its own, and the drafter "
+        "the target has recurrent (Mamba-like) layers, whose state is in separate cache groups, but the drafter "
         "shares one group with the target. Use vLLM's own method: draft_model",
     ),
     Refusal(
         "model",
         lambda config: config.model_config.model,
         lambda config: config.model_config.is_encoder_decoder,
-        "the target's cross-attention lies in a cache group of its own, and the drafter shares one group with the "
+        "the target's cross-attention is in a separate cache group, but the drafter shares one group with the "
         "target. Use vLLM's own method: draft_model",
     ),
     Refusal(
@@ -202,14 +203,14 @@ REFUSALS = (
         lambda config: (
             has_local_attention(config.model_config) and not config.scheduler_config.disable_hybrid_kv_cache_manager
         ),
-        "the target has sliding-window or chunked attention, whose K/V would lie in cache groups of its own, and the "
+        "the target has sliding-window or chunked attention, whose K/V would be in separate cache groups, but the "
         "drafter shares one group with the target. Give --disable-hybrid-kv-cache-manager",
     ),
 )
 
 
 def has_local_attention(model: "ModelConfig") -> bool:
-    """Whether some layer of the target keeps only the K/V of a window or chunk."""
+    """Whether some layers of the target keep only the K/V of a window or chunk."""
     config = model.hf_text_config
     layer_types = getattr(config, "layer_types", None)
     local = any(kind != "full_attention" for kind in layer_types or [])
@@ -237,7 +238,7 @@ def check_attention_backend(name: str, grouped_attention: GroupedAttention = "au
 
 
 def check_runner(config: "VllmConfig") -> None:
-    """Raise `ConfigError` where vLLM would take its V1 model runner."""
+    """Raise `ConfigError` if vLLM would use its V1 model runner."""
     if config.use_v2_model_runner:
         return
     import vllm.envs as envs
@@ -259,7 +260,7 @@ def read_hf_config(model: str, revision: str | None, code_revision: str | None =
 
     try:
         if "://" not in model and not Path(model).expanduser().exists():
-            hf_hub_download(model, "config.json", revision=revision)  # vLLM would ask an absent hub many times over
+            hf_hub_download(model, "config.json", revision=revision)  # vLLM would retry an unreachable hub many times
         return get_config(model, trust_remote_code=trust, revision=revision, code_revision=code_revision)
     except (OSError, ValueError) as error:
         raise ConfigError(
@@ -278,7 +279,7 @@ def read_drafter(
 
 
 def check_drafter(config: "SpeculativeConfig", layer_parallel: LayerParallelConfig) -> None:
-    """Raise `ConfigError` where vLLM's reading of the drafter is not one that easyspec can run with this target."""
+    """Raise `ConfigError` if easyspec can't run the drafter, as vLLM configured it, with this target."""
     draft, target = config.draft_model_config, config.target_model_config
     if config.method != "draft_model":
         raise ConfigError(_another_method(str(config.model), f"its method {config.method}"))
@@ -304,7 +305,7 @@ def check_checkpoint(model: str, revision: str | None, shape: DrafterShape) -> N
 
 
 def check_maps(config: "SpeculativeConfig", options: RuntimeOptions) -> None:
-    """Raise `ConfigError` where the file of look-ahead maps can't serve this drafter and plan."""
+    """Raise `ConfigError` if the file of look-ahead maps doesn't fit this drafter and plan."""
     if options.lookahead is None:
         return
     from vllm_easyspec.lookahead import check_lookahead
@@ -389,7 +390,7 @@ def _loaded(load: Callable[[], Any], vocab_size: int) -> Any:
 def _another_method(model: str, method: str) -> str:
     return (
         f"model={model!r}: vLLM takes it for a drafter of {method}, by its name or its config.json. Give an ordinary "
-        f"language model, by a name or path that holds none of {', '.join(MARKS_OF_OTHER_METHODS)}"
+        f"language model, by a name or path that contains none of {', '.join(MARKS_OF_OTHER_METHODS)}"
     )
 
 
@@ -401,10 +402,10 @@ def _shape(hf_config: Any, model: str) -> DrafterShape:
 
 
 def check_vocabulary(draft_size: int, target_size: int, count_tokens: Callable[[], int | None]) -> str:
-    """Accept a drafter vocabulary that is the target's, or the target's less padding at the end; say why in words.
+    """Accept a drafter vocabulary that equals the target's, padding at the end aside, and return why, in words.
 
-    `count_tokens` gives the number of token ids that the target's tokenizer can yield, None where there is none; it is
-    asked only where the sizes differ. Raises `ConfigError` for any other mismatch.
+    `count_tokens` returns the number of token ids of the target's tokenizer, None if there is none; it is called only
+    if the sizes differ. Raises `ConfigError` for any other mismatch.
     """
     if draft_size == target_size:
         return f"{draft_size} tokens in both"
@@ -414,10 +415,10 @@ def check_vocabulary(draft_size: int, target_size: int, count_tokens: Callable[[
         raise ConfigError(f"{refused}, and it must not be larger. {remedy}")
     tokens = count_tokens()
     if tokens is not None and 2 * tokens < target_size:
-        tokens = None  # transformers makes an empty tokenizer of a folder that holds none
+        tokens = None  # for a folder without a tokenizer transformers makes an empty one
     if tokens is None and target_size - draft_size >= MOST_PADDING:
         raise ConfigError(
-            f"{refused}. Without a tokenizer, less than {MOST_PADDING} missing tokens are taken for padding. {remedy}"
+            f"{refused}. Without a tokenizer, fewer than {MOST_PADDING} missing tokens count as padding. {remedy}"
         )
     if tokens is not None and tokens > draft_size:
         raise ConfigError(f"{refused}, and the target's tokenizer has {tokens} token ids. {remedy}")
@@ -426,7 +427,7 @@ def check_vocabulary(draft_size: int, target_size: int, count_tokens: Callable[[
 
 
 def count_token_ids(load_tokenizer: Callable[[], Any]) -> int | None:
-    """One more than the largest id that a tokenizer can yield; None where none can be loaded."""
+    """One more than a tokenizer's largest id; None if no tokenizer can be loaded."""
     try:
         tokenizer = load_tokenizer()
     except (OSError, ValueError):

@@ -249,7 +249,7 @@ def test_a_quantized_drafter(tmp_path):
 @pytest.mark.parametrize("name", ["eagle-drafter", "my-EAGLE3", "a-dflash-drafter"])
 def test_a_path_that_vllm_takes_for_another_method(tmp_path, name):
     message = refusal(model_folder(tmp_path / name))
-    assert name in message and "by a name or path that holds none of eagle-, eagle3, dflash, dspark" in message
+    assert name in message and "by a name or path that contains none of eagle-, eagle3, dflash, dspark" in message
 
 
 def test_a_field_that_vllm_refuses():
@@ -291,9 +291,9 @@ def test_without_a_tokenizer_little_padding_is_accepted(tmp_path):
     near = model_folder(tmp_path / "near", like=TARGET, tokenizer=False, vocab_size=512 + 511)
     far = model_folder(tmp_path / "far", like=TARGET, tokenizer=False, vocab_size=512 + 512)
     assert engine_config(easyspec(), near, skip_tokenizer_init=True).model_config.get_vocab_size() == 1023
-    with pytest.raises(ConfigError, match="Without a tokenizer, less than 512 missing tokens"):
+    with pytest.raises(ConfigError, match="Without a tokenizer, fewer than 512 missing tokens"):
         engine_config(easyspec(), far, skip_tokenizer_init=True)
-    with pytest.raises(ConfigError, match="Without a tokenizer, less than 512 missing tokens"):
+    with pytest.raises(ConfigError, match="Without a tokenizer, fewer than 512 missing tokens"):
         engine_config(easyspec(), far)
 
 

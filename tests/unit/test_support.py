@@ -34,7 +34,7 @@ def changed(config, path, value):
 
 REFUSED = {
     "parallel_config.pipeline_parallel_size": (2, "pipeline_parallel_size=2 .*Use --tensor-parallel-size"),
-    "parallel_config.data_parallel_size": (2, "data_parallel_size=2 .*Start one engine a replica"),
+    "parallel_config.data_parallel_size": (2, "data_parallel_size=2 .*Start one engine per replica"),
     "parallel_config.decode_context_parallel_size": (2, "decode_context_parallel_size=2 .*Remove it"),
     "parallel_config.prefill_context_parallel_size": (2, "prefill_context_parallel_size=2 .*Remove it"),
     "cache_config.kv_offloading_size": (1.0, "kv_offloading_size=1.0 .*Remove it"),
