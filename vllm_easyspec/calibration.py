@@ -25,7 +25,7 @@ from vllm_easyspec.uncalibrated import Span
 
 @dataclass(frozen=True)
 class CalibrationLayout:
-    """Where the tokens of each request are in a calibration pass. It does not depend on how many drafts were accepted."""
+    """Where each request's tokens are in a calibration pass, whatever the number of accepted drafts."""
 
     of_req: torch.Tensor  # [tokens] int64: the request of each token, padding included
     offset: torch.Tensor  # [tokens] int64: its index within the request

@@ -66,7 +66,7 @@ class EasySpecSpeculativeConfig(SpeculativeConfig):
         """Do nothing: `support.check_vocabulary` checks after construction, so that its error is one line."""
 
     def draft_shares_target_positions(self) -> bool:
-        """True, so that vLLM 0.33 does not cut the target's context down to its drafter's; ours stops drafting there."""
+        """True: vLLM 0.33 need not cut the target's context down to its drafter's, since ours stops drafting there."""
         return True
 
 
