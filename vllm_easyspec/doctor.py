@@ -75,7 +75,7 @@ def diagnose(
     shape = support.read_drafter(config.model, config.revision, config.code_revision)
     support.check_checkpoint(config.model, config.revision, shape)
     plans = config.layer_parallel.plan_table(shape.num_layers)
-    vocabulary = _vocabulary(shape, target)
+    vocabulary = _vocabulary(config, shape, target)
     drafted = _draft_vocabulary(config, shape, target)
     # A drafter takes the target's type, and `auto` loads float32 checkpoints at 16 bits too.
     itemsize = 4 if dtype == "float32" else 2
@@ -132,13 +132,18 @@ def _mebibytes(count: int) -> str:
     return f"{count / 2**20:.1f} MiB"
 
 
-def _vocabulary(shape: DrafterShape, target: str | None) -> str:
+def _vocabulary(config: EasySpecConfig, shape: DrafterShape, target: str | None) -> str:
     if target is None:
         return f"{shape.vocab_size} tokens; give --model TARGET to compare with the target's"
     from vllm.transformers_utils.config import get_hf_text_config
 
     size = get_hf_text_config(support.read_hf_config(target, revision=None)).vocab_size
-    return support.check_vocabulary(shape.vocab_size, size, lambda: _count_token_ids(target))
+    sizes = support.check_vocabulary(shape.vocab_size, size, lambda: _count_token_ids(target))
+    tokens = support.check_tokens(
+        lambda: support.read_tokenizer(config.model, config.revision, shape.vocab_size),
+        lambda: support.read_tokenizer(target, None, size),
+    )
+    return f"{sizes}; {tokens or 'the tokenizers agree'}"
 
 
 def _draft_vocabulary(config: EasySpecConfig, shape: DrafterShape, target: str | None) -> DraftVocabulary | None:

@@ -5,6 +5,7 @@ the cache groups, the layout of the pages) is checked by the worker.
 """
 
 import importlib.metadata
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from vllm_easyspec.drafter.vocabulary import (
     special_ids,
     tokenizer_hash,
 )
+from vllm_easyspec.errors import shown
+
+logger = logging.getLogger("vllm.easyspec")
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
@@ -36,6 +40,10 @@ ATTENTION_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 # If there is no tokenizer to ask, fewer missing tokens than this in the drafter's vocabulary are assumed to be padding.
 # Vocabularies are padded to multiples of at most 256, on either side; Qwen2.5's differ by 128.
 MOST_PADDING = 512
+
+# Up to this share of its tokens a drafter may name otherwise than its target: Llama 3.1 named some of Llama 3's reserved
+# tokens, and distilled models rename special tokens.
+MOST_RENAMED = 0.01
 
 # The kernel of xformers 0.0.35 uses tl.make_block_ptr.
 TRITON_WITHOUT_BLOCK_POINTERS = Version("3.9")
@@ -292,6 +300,9 @@ def check_drafter(config: "SpeculativeConfig", layer_parallel: LayerParallelConf
     layer_parallel.plan_table(shape.num_layers)
     check_checkpoint(draft.model, draft.revision, shape)
     check_vocabulary(shape.vocab_size, target.get_vocab_size(), lambda: _target_token_ids(target))
+    told = check_tokens(lambda: _drafters_tokenizer(draft), lambda: _tokenizer_of(target))
+    if told:
+        logger.info("easyspec: %s", told)
 
 
 def check_checkpoint(model: str, revision: str | None, shape: DrafterShape) -> None:
@@ -322,7 +333,7 @@ def check_draft_vocabulary(config: "SpeculativeConfig", options: RuntimeOptions)
     read_vocabulary(
         options.draft_vocabulary,
         _shape(draft.hf_config, str(config.model)),
-        lambda: read_tokenizer(draft.model, draft.revision, draft.get_vocab_size(), draft.trust_remote_code),
+        lambda: _drafters_tokenizer(draft),
     )
 
 
@@ -362,9 +373,7 @@ def draft_vocabulary(config: "VllmConfig", options: RuntimeOptions, shape: Draft
 
 def special_tokens(model: "ModelConfig") -> set[int]:
     """Ids of the model's special tokens; without a tokenizer, of those that its configuration names."""
-    from vllm.tokenizers import cached_tokenizer_from_config
-
-    tokenizer = _loaded(lambda: cached_tokenizer_from_config(model), model.get_vocab_size())
+    tokenizer = _tokenizer_of(model)
     if tokenizer is not None:
         return special_ids(tokenizer)
     named = (getattr(model.hf_text_config, f"{name}_token_id", None) for name in ("bos", "eos", "pad"))
@@ -376,6 +385,18 @@ def read_tokenizer(model: str, revision: str | None, vocab_size: int, trust: boo
     from vllm.tokenizers import get_tokenizer
 
     return _loaded(lambda: get_tokenizer(model, revision=revision, trust_remote_code=trust), vocab_size)
+
+
+def _drafters_tokenizer(draft: "ModelConfig") -> Any:
+    """The drafter's own; vLLM's configuration of it names the target's."""
+    return read_tokenizer(draft.model, draft.revision, draft.get_vocab_size(), draft.trust_remote_code)
+
+
+def _tokenizer_of(model: "ModelConfig") -> Any:
+    """None where there is none, or where the engine is to run without."""
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    return _loaded(lambda: cached_tokenizer_from_config(model), model.get_vocab_size())
 
 
 def _loaded(load: Callable[[], Any], vocab_size: int) -> Any:
@@ -424,6 +445,32 @@ def check_vocabulary(draft_size: int, target_size: int, count_tokens: Callable[[
         raise ConfigError(f"{refused}, and the target's tokenizer has {tokens} token ids. {remedy}")
     why = "no tokenizer to ask" if tokens is None else f"the tokenizer has {tokens} token ids"
     return f"{draft_size} of the target's {target_size}, the rest is padding ({why})"
+
+
+def check_tokens(load_drafters: Callable[[], Any], load_targets: Callable[[], Any]) -> str:
+    """Compare the tokens of the drafter's and the target's tokenizer. Returns a note for the log, or an empty string.
+
+    The arguments load the tokenizers, and return None if there is none. Raises `ConfigError` if ids stand for different
+    tokens, which is possible although the vocabularies have the same size: hardly any draft would be accepted.
+    """
+    target = load_targets()
+    drafter = None if target is None else load_drafters()
+    if drafter is None:
+        whose = "target" if target is None else "drafter"
+        return f"the {whose} has no tokenizer here, so the drafter's tokens are not compared with the target's"
+    theirs, own = ({index: token for token, index in one.get_vocab().items()} for one in (target, drafter))
+    common = sorted(theirs.keys() & own.keys())
+    others = [index for index in common if theirs[index] != own[index]]
+    if not others:
+        return ""
+    first = others[0]
+    differ = (
+        f"{len(others)} of the {len(common)} ids that both tokenizers have stand for different tokens, such as id "
+        f"{first}: {shown(own[first])} in the drafter's and {shown(theirs[first])} in the target's"
+    )
+    if len(others) > MOST_RENAMED * len(common):
+        raise ConfigError(f"{differ}. Choose a drafter with the target's tokenizer")
+    return f"{differ}. So few are assumed to be renamed special tokens"
 
 
 def count_token_ids(load_tokenizer: Callable[[], Any]) -> int | None:

@@ -24,5 +24,17 @@ def model_folder(path: Path, like: Path = DRAFTER, tokenizer: bool = True, **cha
     return path
 
 
+def with_other_tokens(folder: Path, renumbered: dict[int, int]) -> Path:
+    """The folder's tokenizer with other ids for some tokens, of which each id must be given to one."""
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {token: renumbered.get(index, index) for token, index in vocabulary.items()}
+    for token in tokenizer["added_tokens"]:
+        token["id"] = renumbered.get(token["id"], token["id"])
+    path.write_text(json.dumps(tokenizer))
+    return folder
+
+
 def easyspec(model: Path | str = DRAFTER, **changes: Any) -> dict[str, Any]:
     return {"method": "easyspec", "model": str(model), "num_speculative_tokens": 4, **changes}
