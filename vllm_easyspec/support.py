@@ -41,8 +41,8 @@ ATTENTION_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 # Vocabularies are padded to multiples of at most 256, on either side; Qwen2.5's differ by 128.
 MOST_PADDING = 512
 
-# Up to this share of its tokens a drafter may name otherwise than its target: Llama 3.1 named some of Llama 3's reserved
-# tokens, and distilled models rename special tokens.
+# Up to this share of the drafter's tokens may have another name than the target's: Llama 3.1 named some of Llama 3's
+# reserved tokens, and distilled models rename special tokens.
 MOST_RENAMED = 0.01
 
 # The kernel of xformers 0.0.35 uses tl.make_block_ptr.
