@@ -26,7 +26,7 @@ SOURCES = (
     "for key, value in ",
 )
 
-REQUESTS = {  # more of what a request can ask for
+REQUESTS = {  # more options of requests
     "penalties": dict(repetition_penalty=1.3, frequency_penalty=0.4, presence_penalty=0.2),
     "bad-words": dict(bad_words=["list", "self"]),
     "stop": dict(stop=[" of", "):"]),

@@ -1,4 +1,4 @@
-"""What acceptance tells of the drafter: one that is the target is always right, unless its layers are fuzzy."""
+"""Acceptance when the drafter is the target itself: 100%, unless layers run side by side."""
 
 import pytest
 from engines import TARGET, configure, easyspec, engine, greedy, mixed_prompts, stats, token_ids

@@ -1,4 +1,4 @@
-"""The target's greedy output stays what it is, token for token, whatever drafts and however it is served."""
+"""Greedy output is the target's own, token for token, under every plan and kind of serving."""
 
 import pytest
 from engines import (
@@ -90,7 +90,7 @@ def test_prefix_cache_hits(llm, target_alone):
 
 
 def test_aborts_and_audit(llm, target_alone):
-    """Half of the requests are aborted in the middle; the others finish as if alone, and the pages stay precise."""
+    """Half of the requests are aborted halfway; the others finish as if they were alone, and the pages stay precise."""
     configure(llm, scope="attention", group_sizes=PLANS["1-4-4-1"], num_speculative_tokens=5)
     core, prompts = llm.llm_engine, mixed_prompts()
     for index, prompt in enumerate(prompts):
@@ -134,7 +134,7 @@ def test_audit_after_preemption(llm):
 
 
 def test_audit_without_calibration(llm, target_alone):
-    """The audit can fail: fuzzy K/V that stays is found, on every rank. The output doesn't care."""
+    """The audit can fail: it finds fuzzy K/V that was not calibrated, on every rank. The output is unaffected."""
     llm.reset_prefix_cache()
     configure(llm, scope="attention", group_sizes=PLANS["1-8-1"], num_speculative_tokens=5, calibration="never")
     try:
@@ -146,7 +146,7 @@ def test_audit_without_calibration(llm, target_alone):
 
 
 def test_counters(llm):
-    """Calibration reads accepted + 1 tokens a request; a group is one cache write, one call, its collectives."""
+    """Calibration reads accepted + 1 tokens per request; a group is one cache write, one call and its collectives."""
     ranks = llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size
     for scope, mlp_collectives in (("attention", LAYERS), ("block", 4)):
         configure(llm, scope=scope, group_sizes=PLANS["1-4-4-1"], num_speculative_tokens=5)
@@ -156,7 +156,7 @@ def test_counters(llm):
             calibrate, draft = counted["stages"]["calibrate"], counted["stages"]["draft"]
             assert calibrate["passes"] == counted["rounds"] and draft["passes"] == 4 * counted["rounds"]
             own = len(range(rank, LAYERS, ranks))
-            groups = 4 if ranks == 1 else 3  # on two ranks either lacks one of the single layers
+            groups = 4 if ranks == 1 else 3  # on two ranks each lacks one of the single layers
             assert calibrate["attention_calls"] == calibrate["cache_writes"] == own * calibrate["passes"]
             assert draft["attention_calls"] == draft["cache_writes"] == groups * draft["passes"]
             assert draft["attention_collectives"] == (0 if ranks == 1 else 4 * draft["passes"])

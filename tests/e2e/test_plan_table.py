@@ -99,8 +99,8 @@ def test_k_goes_to_0_and_back(llm, expected):
     assert stats(llm)[0]["accepted_at"][4] > 0
 
 
-def test_paused_rounds_leave_pages_unread_until_a_round_drafts(llm, expected):
-    """16 requests: K = 0, and the drafter reads nothing. Three of them alone: first they are caught up with."""
+def test_paused_rounds_leave_pages_uncalibrated_until_a_round_drafts(llm, expected):
+    """16 requests: K = 0, and the drafter reads nothing. When three are left, it first catches up with them."""
     llm.reset_prefix_cache()
     configure(llm, restore=True)
     unread, differences = [], []
@@ -123,8 +123,8 @@ def test_paused_rounds_leave_pages_unread_until_a_round_drafts(llm, expected):
     assert max(differences) < AUDIT_LIMIT
 
 
-def test_prefix_caching_shares_unread_blocks(llm, expected):
-    """Answers of paused rounds become prompts when K is 5: their cached blocks are read before drafting."""
+def test_prefix_caching_shares_uncalibrated_blocks(llm, expected):
+    """Answers of paused rounds become prompts while K is 5: their cached blocks are read before drafting."""
     llm.reset_prefix_cache()
     configure(llm, restore=True)
     prompts = mixed_prompts()
@@ -148,7 +148,7 @@ def test_prefix_caching_shares_unread_blocks(llm, expected):
 
 
 def test_plans_swapped_under_load(llm, expected):
-    """Every other step another plan, over the table's; with requests that come and go in between."""
+    """Another plan in every second step, in place of the table's, while requests come and go."""
     llm.reset_prefix_cache()
     audited, seen = [], set()
 

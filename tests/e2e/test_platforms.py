@@ -1,4 +1,4 @@
-"""What vLLM switches off on a CPU, tried all the same through a platform of the tests: async scheduling, and Ray."""
+"""Async scheduling and Ray, which vLLM disables on a CPU, through a platform plugin of the tests."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The distribution of sampled tokens is the target's own, however drafts are chosen, also where the drafter is full.
+"""The distribution of sampled tokens is the target's own, however drafts are chosen, also beyond the drafter's context.
 
 A vocabulary of 24 tokens, so that the target's exact probability of every pair of second and third tokens can be
 computed with `transformers` and compared with thousands of seeded draws (chi-square). The second and third tokens are
@@ -88,7 +88,7 @@ def pair_probabilities(
 
 
 def p_value(draws: np.ndarray, probabilities: np.ndarray) -> float:
-    """Chi-square of pairs `[draws, 2]` against `[VOCAB, VOCAB]`; cells that expect fewer than 5 are put together."""
+    """Chi-square of pairs `[draws, 2]` against `[VOCAB, VOCAB]`; cells with an expectation below 5 are merged."""
     counts = np.zeros((VOCAB, VOCAB))
     np.add.at(counts, (draws[:, 0], draws[:, 1]), 1)
     expected = probabilities * len(draws)
@@ -155,7 +155,7 @@ def test_top_k_and_top_p(llm, pair, limit):
 
 
 def test_k_changed_in_flight(llm, pair):
-    """Drafts that are on their way when K is lowered are tested against the logits that they came from."""
+    """Drafts that are not yet tested when K is lowered are tested against their own logits."""
     _, target, _ = pair
     core = llm.llm_engine
     for seed in range(DRAWS):

@@ -33,7 +33,7 @@ MAX_LEN = 512
 CONFIG = ROOT / "configs" / "tiny-pair.yaml"
 K = yaml.safe_load(CONFIG.read_text())["num_speculative_tokens"]
 CHAT = [{"role": "user", "content": "def __repr__(self):\n        return "}]
-# What two float32 implementations of one model may differ by, in nats.
+# Largest difference between two float32 implementations of one model, in nats.
 CLOSE = 1e-4
 
 
@@ -316,7 +316,7 @@ def test_bad_request(server, client, changes, complaint):
 
 
 def test_metrics(server, client):
-    """vLLM's counters say what easyspec's own say."""
+    """vLLM's counters agree with easyspec's own."""
     names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
 
     def counters() -> list[float]:
@@ -369,7 +369,7 @@ def test_configuration_error_ends_the_command(tmp_path):
 
 
 def test_an_error_of_a_worker_is_the_last_line(tmp_path):
-    """Found only where the weights are read: the other processes end with tracebacks of their own before it."""
+    """An error that is found only when weights are read: other processes print tracebacks before it."""
     drafter = tmp_path / "drafter"
     shutil.copytree(DRAFTER, drafter)
     (weights,) = drafter.glob("*.safetensors")

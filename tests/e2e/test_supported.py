@@ -1,4 +1,4 @@
-"""Kinds of targets, drafters and engine settings that the support table says work: lossless, with precise pages.
+"""Targets, drafters and engine settings that the support table calls tested: lossless, with precise pages.
 
 Each target is asked alone first. What is refused by name is in tests/unit/test_support.py.
 """
@@ -104,7 +104,7 @@ def sounds(count: int) -> list[tuple[np.ndarray, int]]:
 
 
 def test_multimodal_target(folder):
-    """Half of the prompts hold a sound. The drafter reads its placeholders and hears nothing."""
+    """Half of the prompts contain audio, of which the drafter reads only the placeholders."""
     target = tiny_targets.qwen2_audio(folder / "audio")
     sound, begin, end = tiny_targets.AUDIO_TOKENS
     texts = mixed_prompts()
@@ -199,7 +199,7 @@ def test_lora_embeddings_and_reloaded_weights(adapted, name):
 
 
 def test_k_by_batch_size(adapted):
-    """K is 0 while all 16 run, 2 and then 5 when some have ended; the pages are precise all the while."""
+    """K is 0 while all 16 run, then 2, then 5 as requests end; the pages stay precise."""
     _, expected, llm = adapted
     stats(llm, reset=True)
     lengths = [24] * 8 + [48] * 5 + [96] * 3

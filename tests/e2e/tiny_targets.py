@@ -71,7 +71,7 @@ def windowed(folder: Path, like: Path = DRAFTER, window: int = WINDOW) -> Path:
 
 
 def int8(folder: Path, like: Path = TARGET) -> Path:
-    """Weights and activations in 8 bits (compressed-tensors): a scale a row of weights, and one a token."""
+    """Weights and activations in 8 bits (compressed-tensors): a scale per row of weights and one per token."""
     config, dense = _read(like)
     tensors: Tensors = {}
     for name, tensor in dense.items():
@@ -149,7 +149,7 @@ SAMPLING_RATE = 16_000  # a second of sound is 25 tokens
 
 
 def qwen2_audio(folder: Path) -> Path:
-    """The target with a random encoder of sound before it, in the form of Qwen2-Audio."""
+    """The target with a random encoder of sound before it, in the architecture of Qwen2-Audio."""
     from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
     config, trained = _read(TARGET)
@@ -183,7 +183,7 @@ def qwen2_audio(folder: Path) -> Path:
 
 
 def _rename_last_tokens(path: Path, names: dict[int, str]) -> None:
-    """Make special tokens of the vocabulary's last ones, each of which the merge at the list's end had made."""
+    """Turn the last tokens of the vocabulary, those of the last merges, into special tokens."""
     tokenizer = json.loads(path.read_text())
     vocabulary = tokenizer["model"]["vocab"]
     for index, name in names.items():

@@ -21,7 +21,7 @@ VOCAB = 101  # no multiple of any number of ranks, nor of vLLM's padding
 PROMPTS = [
     torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(length)).tolist() for length in (37, 5, 70)
 ]
-# What the requests go on with, whatever the logits say: [request][step].
+# How the requests continue, whatever the logits are: [request][step].
 CONTINUATIONS = torch.randint(VOCAB, (len(PROMPTS), 3), generator=torch.Generator().manual_seed(0)).tolist()
 STEPS = [[[ids[step]] for ids in CONTINUATIONS] for step in range(len(CONTINUATIONS[0]))]
 SCOPES = ("attention", "block")
@@ -29,7 +29,7 @@ SCOPES = ("attention", "block")
 
 @dataclass(frozen=True)
 class Case:
-    """A drafter: name, `transformers` configuration, where its MLPs lie, and the plans to try."""
+    """A drafter: name, `transformers` configuration, MLP placement, and the plans to test."""
 
     name: str
     config: PretrainedConfig
@@ -162,7 +162,7 @@ def make_checkpoint(case: Case, folder: Path) -> PreTrainedModel:
 
 @dataclass
 class Pass:
-    """One drafter's way through a plan: what all ranks must agree on, and what this rank did."""
+    """The run of one drafter under a plan: what all ranks must agree on, and what this rank did."""
 
     logits: list[np.ndarray]  # of each pass, [tokens, vocab]
     hidden: list[np.ndarray]  # of each pass, [tokens, hidden]
@@ -175,7 +175,7 @@ class CaseResult:
     precise_steps: Pass
     fuzzy: dict[tuple[tuple[int, ...], str], Pass]
     recalibrated: Pass  # all continuation tokens again, in one precise pass over fuzzy K/V
-    top_tokens: np.ndarray  # of the prefill's rows
+    top_tokens: np.ndarray  # of the prefill's tokens
     pages: int  # pages of this rank's layers, all layers together
 
 

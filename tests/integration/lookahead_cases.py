@@ -37,7 +37,7 @@ class Steps:
 class RankResult:
     with_maps: dict[tuple[tuple[int, ...], str], Steps]
     without: dict[tuple[tuple[int, ...], str], Steps]
-    precise: Steps  # the precise plan, maps at hand
+    precise: Steps  # the precise plan, with maps loaded
     map_parameters: int
 
 

@@ -1,8 +1,8 @@
 """CUDA graphs without CUDA: what runs under `torch.cuda.graph` is recorded, and replayed on the same memory.
 
 Like a real graph, a replay runs no Python of the recorded function: every operator and Triton kernel runs again on the
-tensors that it had, so a number that came from the host is the one of the recording. `use` puts it in vLLM's
-`CudaGraphManager`'s way.
+tensors that it had, so a value that came from the host is that of the recording. `use` makes vLLM's
+`CudaGraphManager` use it.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
-"""The method of DESIGN section 1 written out in plain PyTorch, one request at a time, on `transformers` modules.
+"""The method written out in plain PyTorch, one request at a time, on `transformers` modules.
 
 Nothing here is shared with the drafter: dense attention, one layer after another, K/V in a list. In a group all
 attentions read the group's input, so what a fuzzy step appends to the K/V list is fuzzy, and later steps attend to it.
-With look-ahead maps each reads what its map makes of that input and of the last token's final hidden state.
+With look-ahead maps each reads what its map predicts from that input and the last token's final hidden state.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,7 @@ class DenseRequest:
         scope: Literal["attention", "block"],
         maps: Maps | None = None,
     ) -> torch.Tensor:
-        """Read further tokens, one at a time where there are maps; returns logits `[tokens, vocab]`."""
+        """Read more tokens, one at a time if there are maps; returns logits `[tokens, vocab]`."""
         positions = torch.arange(self.length, self.length + len(ids))
         x = self.model.model.embed_tokens(torch.tensor(ids))
         cos, sin = (part[0] for part in self.model.model.rotary_emb(x, positions.unsqueeze(0)))
@@ -97,7 +97,7 @@ class DenseRequest:
 
 
 def known_features(h: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
-    """What look-ahead maps know of a group's input and of the token before, number by number."""
+    """The features of look-ahead maps, from a group's input and the token before, number by number."""
     u = _scaled(h)
     half = u.shape[-1] // 2
     pairs = [(u[..., i], u[..., half + i]) for i in range(half)]
@@ -119,6 +119,6 @@ def _corrected(
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of halves: x `[tokens, heads, head_dim]`, cos and sin `[tokens, head_dim]`."""
+    """Rotary embedding of the two halves: x `[tokens, heads, head_dim]`, cos and sin `[tokens, head_dim]`."""
     first, second = x.chunk(2, dim=-1)
     return x * cos.unsqueeze(1) + torch.cat([-second, first], dim=-1) * sin.unsqueeze(1)

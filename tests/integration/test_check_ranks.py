@@ -1,4 +1,4 @@
-"""`check_ranks: true` finds ranks that would feed different drafts to the target."""
+"""`check_ranks: true` finds ranks that would pass different drafts to the target."""
 
 import pytest
 import torch

@@ -27,7 +27,7 @@ CASE = next(case for case in CASES if case.name == "mistral_tied")
 K, MAX_REQS, MAX_LEN, BLOCK_SIZE = 3, 3, 96, 32
 PLANS = {scope: DraftPlan((1, 2, 1), scope) for scope in ("attention", "block")}
 SIZE = 3  # requests that a graph holds
-# Of each request of a round: tokens in the pages, and how many of the K + 1 tokens that the target read stand.
+# Of each request of a round: tokens in the pages, and how many of the K + 1 tokens that the target read are kept.
 ROUNDS = [[(30, 1), (62, K + 1), (5, 3)], [(33, K + 1), (60, 2)]]
 
 
@@ -53,7 +53,7 @@ class Rounds:
         self.loop = self.drafter.loop
         self.tokens = self.loop.draft_tokens
         self.graphs = self.drafter.graphs
-        if pages.group:  # the kernel for decoding that the interpreter takes least time for
+        if pages.group:  # the decoding kernel that is fastest in the interpreter
             pages.group.get_metadata_builder().seq_threshold_3D = 0
         generator = torch.Generator().manual_seed(1)
         ids = torch.randint(model.shape.vocab_size, (MAX_REQS, 64), generator=generator).tolist()
@@ -63,7 +63,7 @@ class Rounds:
 
     def batch(self, state: list[tuple[int, int]]) -> DraftBatch:
         reqs = len(state)
-        lengths, stood = torch.tensor(state).T.contiguous()
+        lengths, kept = torch.tensor(state).T.contiguous()
         # vLLM's own table is refilled each step, and zeroed where a graph of the target's pads.
         self.loop.block_table.zero_()
         self.loop.block_table[:reqs] = self.drafter.block_table[:reqs]
@@ -75,7 +75,7 @@ class Rounds:
             input_ids=torch.randint(50, (reqs * (K + 1),), generator=generator).int(),
             query_starts=torch.arange(reqs) * (K + 1),
             start_positions=lengths,
-            num_valid=stood,
+            num_valid=kept,
             sampled=torch.ones(reqs, dtype=torch.bool),
             newest=torch.randint(50, (reqs,), generator=generator),
             block_table=self.loop.block_table[:reqs],
@@ -150,7 +150,7 @@ def test_a_replayed_round_is_the_eager_round(index, scope, ranks, observed):
         assert len(set(eager.drafts.flatten().tolist())) > 2
         assert eager.drafts.tolist() == replayed.drafts.tolist()
         assert eager.positions.tolist() == replayed.positions.tolist()
-        # All pages: padding rows and rejected drafts wrote nothing.
+        # All pages: padding and rejected drafts wrote nothing.
         np.testing.assert_allclose(replayed.pages, eager.pages, atol=1e-5, rtol=1e-5)
         assert (eager.pages != found["filled"]).any()
 

@@ -1,4 +1,4 @@
-"""A drafter whose LM head holds some rows: the logits of these are the whole head's, all others minus infinity."""
+"""A drafter whose LM head has some of the rows: their logits equal the whole head's, all others are minus infinity."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,7 @@
-"""The drafter in real tensor-parallel processes against `transformers` and a plain writing of the method, float32.
+"""The drafter in real tensor-parallel processes against `transformers` and a plain implementation of the method,
+float32.
 
-One start of the ranks for each rank count runs all cases; the tests look at what came back.
+The ranks are started once for each rank count and run all cases; the tests check the results.
 """
 
 import shutil
@@ -76,7 +77,7 @@ def results_at(run_at):
 
 @pytest.fixture(scope="module")
 def expected(checkpoints):
-    """From a case to what `transformers` and the plain writing give."""
+    """From a case to the results of `transformers` and of the plain implementation."""
     _, models = checkpoints
 
     @cache
@@ -148,7 +149,7 @@ def test_fuzzy_steps_are_those_of_the_plain_writing(case, ranks, results_at, exp
 
 @on_every_case
 def test_fuzzy_steps_differ_from_precise_ones_and_the_scopes_from_each_other(case, ranks, results_at):
-    """Or the tests above would show nothing."""
+    """Otherwise the tests above would prove nothing."""
     result = results_at(ranks)[0][case.name]
     for group_sizes in case.plans:
         attention, block = (result.fuzzy[group_sizes, scope].logits for scope in SCOPES)

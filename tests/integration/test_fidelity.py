@@ -1,4 +1,4 @@
-"""The score of a group: its pass is the drafter's own first fuzzy step, at every position at once."""
+"""The score of a group: its pass equals the drafter's first fuzzy step, at every position at once."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`vllm-easyspec fit` on the tiny drafter in real ranks: few tokens, but the whole way from text to a file."""
+"""`vllm-easyspec fit` on the tiny drafter in real ranks: few tokens, but everything from text to file."""
 
 import json
 import os
@@ -58,7 +58,7 @@ def test_the_file_serves_its_plans_and_says_how_it_was_made(fitted):
 
 @pytest.mark.engine
 def test_maps_win_own_rate(fitted):
-    """On sequences that the fit left out; block scope loses more, so that few tokens are enough."""
+    """On held-out sequences. Block scope loses more, so few tokens are enough."""
     block = next(row for row in fitted[1][1]["own_rate"] if row["scope"] == "block")
     assert 0.2 < block["without"] < block["with"] < 1
 
@@ -102,7 +102,7 @@ def test_ctrl_c_leaves_no_file(text, tmp_path):
             seen += (piece := os.read(run.stderr.fileno(), 4096))
             assert piece, seen[-3000:].decode()
         os.killpg(run.pid, signal.SIGINT)
-        _, rest = run.communicate(timeout=60)  # until no process, ranks included, holds standard error open
+        _, rest = run.communicate(timeout=60)  # until all processes, ranks included, have closed standard error
     finally:
         if run.poll() is None:
             os.killpg(run.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""A fuzzy step with look-ahead maps, in real tensor-parallel processes, against a plain writing of it, float32."""
+"""A fuzzy step with look-ahead maps, in real tensor-parallel processes, against a plain implementation, float32."""
 
 from functools import cache
 

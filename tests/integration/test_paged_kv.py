@@ -1,4 +1,4 @@
-"""The virtual batch on real pages: what a group's write touches, and that a group's call is its layers' calls.
+"""The virtual batch on real pages: what a group's write changes, and that a group's call equals its layers' calls.
 
 Two ranks, three layers of a drafter on each, with pages that vLLM laid out and its own attention backend.
 """
@@ -24,9 +24,9 @@ LAYERS = CASE.config.num_hidden_layers // RANKS  # on each rank
 BLOCK_SIZE = 32
 KV_NUMBERS = 2 * CASE.config.num_key_value_heads * CASE.config.head_dim  # that one token stores in one layer
 CANARY = 777.0
-GROUP = slice(1, 3)  # of a rank's layers: one before it, and the last one
+GROUP = slice(1, 3)  # of a rank's layers: not the first, but the last
 
-# Tokens in the pages, and tokens read next, of each request: a decoding one, chunks over a block's end, a first chunk.
+# Tokens in the pages and tokens read next, of each request: a decoding one, chunks across a block's end, a first chunk.
 STATES = [
     ([90, 63, 3], [1, 1, 1]),
     ([31, 64, 0], [3, 1, 70]),
@@ -43,8 +43,8 @@ class Observed:
     num_blocks: int
     slots: np.ndarray  # of the group's write, before any shift
     group_write: np.ndarray  # pages after it, canary elsewhere
-    single_writes: np.ndarray  # the same by one write a layer and token
-    pass_writes: np.ndarray  # pages after a fuzzy pass of the model with padded rows
+    single_writes: np.ndarray  # the same by one write per layer and token
+    pass_writes: np.ndarray  # pages after a fuzzy pass of the model with padding
     grouped: list[tuple[np.ndarray, np.ndarray]]  # for each of STATES: attention outputs, pages
     separate: list[tuple[np.ndarray, np.ndarray]]
     batches: list[tuple[Sequences, SimpleNamespace]]  # for each of STATES: before and after the repetition
@@ -54,7 +54,7 @@ class Observed:
 
 def observe(folder: str) -> Observed:
     """On a rank."""
-    # vLLM's CPU kernel cuts long sequences for idle threads, differently in a group; here bits are compared.
+    # vLLM's CPU kernel splits long sequences over idle threads, differently in a group; here bits are compared.
     os.environ["VLLM_CPU_ATTN_SPLIT_KV"] = "0"
     drafter = EnginelessDrafter(folder, max_num_reqs=3, max_len=128, block_size=BLOCK_SIZE)
     torch.manual_seed(drafter.model.rank)
@@ -193,7 +193,7 @@ def test_a_group_writes_its_live_slots_and_nothing_else(observed):
 
 def test_a_fuzzy_pass_writes_the_live_slots_of_every_layer_and_nothing_else(observed):
     for rank in observed:
-        # Where those slots lie in a page is the backend's business: take it from the writes one by one.
+        # Where these slots are in a page is up to the backend: take it from the single writes.
         in_a_layer = rank.single_writes[GROUP.start] != CANARY
         for layer in range(LAYERS):
             assert ((rank.pass_writes[layer] != CANARY) == in_a_layer).all()

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.engine
 
 
 def fail_on_rank_one() -> None:
-    """Rank 0 meanwhile waits for rank 1 in a collective, which it would do for ever."""
+    """Rank 0 meanwhile waits for rank 1 in a collective, and would wait forever."""
     if get_tensor_model_parallel_rank() == 1:
         raise KeyError(f"no layer in {os.environ['VLLM_DIST_IDENT']}")
     tensor_model_parallel_all_reduce(torch.ones(4))

@@ -21,7 +21,7 @@ FLAGS = (
 
 
 def browse(page: Path, *flags: str) -> tuple[str, list[str]]:
-    """The page as the browser has built it, and what it wrote to its console."""
+    """The page as the browser built it, and its console."""
     profile = page.parent / "profile"
     done = subprocess.run(
         [str(BROWSER), *FLAGS, f"--user-data-dir={profile}", *flags, "--dump-dom", page.as_uri()],
@@ -45,7 +45,7 @@ class TestInABrowser:
         assert "<script" not in built and not re.search(r"(src|href)=|url\(|@import", built)
 
     def test_a_page_that_fetches_and_fails_is_told_apart(self, tmp_path):
-        """The check above can fail: scripts that fail and pictures that the policy forbids are on the console."""
+        """The check above can fail: failing scripts and forbidden images appear on the console."""
         page = tmp_path / "broken.html"
         page.write_text("<script>nothing.here()</script>")
         assert "nothing is not defined" in browse(page)[1][0]

@@ -1,6 +1,6 @@
 """The drafter on vLLM's Triton attention backend, whose kernels run in Triton's interpreter on a CPU.
 
-A stand-in for a GPU: the backend's own metadata builder and kernels, on real pages, in float32.
+In place of a GPU: the backend's own metadata builder and kernels, on real pages, in float32.
 """
 
 import numpy as np

@@ -19,7 +19,7 @@ from vllm_easyspec.drafter.xformers_attention import HEAD_SIZES, Runs, XFormersB
 from vllm_easyspec.engineless import EnginelessDrafter
 from vllm_easyspec.ranks import run_ranks
 
-os.environ["XFORMERS_ENABLE_TRITON"] = "1"  # without it xformers wants a CUDA device before it imports its kernel
+os.environ["XFORMERS_ENABLE_TRITON"] = "1"  # without it xformers requires a CUDA device before it imports its kernel
 
 CASE = next(case for case in CASES if case.name == "llama3_rope")
 needs_xformers = pytest.mark.skipif(why_unusable() is not None, reason=f"xformers: {why_unusable()}")

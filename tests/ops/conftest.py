@@ -12,14 +12,14 @@ DEVICE = os.environ.get("EASYSPEC_TEST_DEVICE", "cpu")
 
 @pytest.fixture(autouse=True)
 def device():
-    """Where tensors are made that name no device."""
+    """The device of tensors that name none."""
     with torch.device(DEVICE):
         yield DEVICE
 
 
 @pytest.fixture
 def native():
-    """Skips where there is no compiler to build the native operators with; where there is one, they must be there."""
+    """Skip if there is no compiler to build the native operators; if there is one, they must have been built."""
     if ops.WHY_NOT_NATIVE is not None and shutil.which("c++") is None:
         pytest.skip(f"no compiler, and no native operators: {ops.WHY_NOT_NATIVE}")
     assert ops.WHY_NOT_NATIVE is None
@@ -27,13 +27,13 @@ def native():
 
 @pytest.fixture
 def of_cpu():
-    """For a test of the kernels of the CPU alone."""
+    """For tests of the CPU kernels only."""
     if DEVICE != "cpu":
         pytest.skip("of the CPU's kernels")
 
 
 @pytest.fixture
 def of_gpu():
-    """For a test of how CUDA's kernels share their work."""
+    """For tests of how CUDA kernels divide their work."""
     if DEVICE == "cpu":
         pytest.skip("of a GPU's kernels")

@@ -1,4 +1,4 @@
-"""calibration_inputs: the native kernel against its reference, which test_calibration.py holds to an oracle."""
+"""calibration_inputs: the native kernel against its reference, which test_calibration.py compares with an oracle."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ BLOCK_SIZE, MAX_LEN, VOCAB = 16, 90, 500
 
 
 def arguments(lens, padding=0, write=True, seed=0):
-    """Requests of these rows, some prefilling, some near the end; then `padding` requests as a graph adds them."""
+    """Requests of these lengths, some prefilling, some near the end; then `padding` requests as a graph adds them."""
     generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
 
     def integers(low, high, size):

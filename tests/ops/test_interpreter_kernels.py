@@ -1,7 +1,7 @@
-"""The plain implementations in `cpu/triton-interpreter` against the kernels they stand for, which run interpreted here.
+"""The plain implementations in `cpu/triton-interpreter` against the kernels they replace, which run interpreted here.
 
 Every case launches both on copies of the same random arguments and compares all tensors afterwards, to the bit: what
-was written, what was left alone, and the padding.
+was written, what was not, and the padding.
 """
 
 import copy
@@ -28,7 +28,7 @@ K = 5
 VOCAB = 2500
 MAX_REQS = 8
 MODEL_LEN = 96
-# What `run` was before `plain.install` put itself in front of it.
+# `run` before `plain.install` replaced it.
 INTERPRET = inspect.unwrap(InterpretedFunction.run)
 
 
@@ -48,7 +48,7 @@ def launch_both(name, grid, *args, **kwargs):
     assert plain.IMPLEMENTATIONS[name](grid, *got.values()) is not NotImplemented
     for parameter, value in expected.items():
         if isinstance(value, torch.Tensor):
-            # Memory nobody has written may hold NaN.
+            # Uninitialized memory may contain NaN.
             torch.testing.assert_close(
                 got[parameter], value, rtol=0, atol=0, equal_nan=True, msg=lambda text, at=parameter: f"{at}: {text}"
             )

@@ -1,7 +1,7 @@
 """The operators of a draft step's layers: each as exact as its plain-torch reference, on the same arguments.
 
-"As exact" is against the reference in float64: an operator may be off by twice what the reference at the operator's
-own precision is off, its sums being taken in another order, and by one unit in the last place of the largest number.
+Errors are measured against the reference in float64. Since an operator sums in another order, its error may be twice
+that of the reference at the operator's own precision, plus one unit in the last place of the largest number.
 """
 
 from unittest.mock import patch
@@ -31,7 +31,7 @@ def in_float64(arguments):
 
 
 def check_as_exact(operator, arguments):
-    """Of an operator that returns one tensor."""
+    """For an operator that returns one tensor."""
     if (
         operator in PRODUCTS
         and arguments[0].is_cuda
@@ -288,7 +288,7 @@ def test_look_ahead(dtype, tokens, rank, own):
 @pytest.mark.parametrize("tokens", [1, 2, 6, 8, 9, 16])
 @pytest.mark.parametrize(("layers", "hidden", "width"), [(1, 896, 4864), (4, 896, 4864), (4, 4096, 8960)])
 def test_sum_of_mlps_at_real_widths(of_gpu, dtype, tokens, layers, hidden, width):
-    """On a GPU a tile's rows are shared by the blocks of a cluster, and read in several chunks."""
+    """On a GPU a tile's rows are divided among the blocks of a cluster, and read in several chunks."""
     arguments = mlp_arguments(dtype, layers=layers, tokens=tokens, width=width, hidden=hidden)
     check_as_exact(OPERATORS.sum_of_mlps.default, arguments)
 

@@ -1,4 +1,4 @@
-"""The build of the native operators: what it makes, and that the package works and says so without it."""
+"""The build of the native operators, and that the package works without it and says so."""
 
 import os
 import shutil
@@ -67,7 +67,7 @@ def test_an_older_processor_takes_its_own_build(native):
 
 
 def test_kernels_include_nothing_of_torchs():
-    """So that a compiler alone builds them, on any machine."""
+    """So that any machine with a compiler can build them."""
     for source in (ROOT / "csrc").iterdir():
         if source.name != "bindings.cpp":
             assert "torch/" not in source.read_text()

@@ -1,4 +1,4 @@
-"""`CalibrationScheduler` against a slow oracle that follows each request by itself."""
+"""`CalibrationScheduler` against a slow oracle that follows each request separately."""
 
 import random
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from vllm_easyspec.batch import DraftBatch
 from vllm_easyspec.calibration import CalibrationScheduler, CalibrationStep
 from vllm_easyspec.ops import REFERENCES
 
-VOCAB = 50  # the drafter's; the target's padded one is larger
+VOCAB = 50  # the drafter's; the target's is padded
 TARGET_VOCAB = 64
 MAX_LEN = 96
 BLOCK_SIZE = 16
@@ -25,8 +25,8 @@ class Request:
 
     prefilling: bool
     start: int  # position of the first token that the target read
-    accepted: list[int]  # tokens that stand after the step, from `start`, without the newest
-    rejected: int  # drafts that do not, read behind them
+    accepted: list[int]  # tokens kept after the step, from `start`, without the newest
+    rejected: int  # rejected drafts, read after them
     newest: int | None  # sampled by the target; None in the middle of a prompt
     blocks: list[int] = field(default_factory=list)
 
@@ -103,7 +103,7 @@ def check(step: CalibrationStep, requests: list[Request]) -> None:
     for index, request in enumerate(requests):
         rows = range(starts[index], starts[index + 1])
         expected = request.to_calibrate()
-        # As many rows as if nothing had been rejected, and the prompt complete: the host knows neither.
+        # As many tokens as if nothing had been rejected and the prompt were complete: the host can't tell.
         assert len(rows) == request.read + request.prefilling
         for row, (position, expected_token) in zip(rows, expected, strict=False):
             assert step.input_ids[row] == min(expected_token, VOCAB - 1)
@@ -115,7 +115,7 @@ def check(step: CalibrationStep, requests: list[Request]) -> None:
             assert 0 <= sequences.positions[row] < MAX_LEN
         assert step.newest_indices[index] == rows[len(expected) - 1]
         assert step.newest_positions[index] == expected[-1][0]
-        # The last row's keys end at its own position, padding or not.
+        # The last token's keys end at its own position, padding or not.
         assert sequences.seq_lens[index] == expected[0][0] + len(rows)
         assert sequences.seq_lens_bound[index] >= sequences.seq_lens[index]
         assert sequences.max_query_len >= len(rows)
@@ -160,7 +160,7 @@ def test_a_decoding_request_calibrates_accepted_plus_one_tokens(scheduler, rejec
 
 
 def test_calibration_does_not_depend_on_k(scheduler):
-    """With K = 0 nothing is drafted, and the pages must be precise all the same."""
+    """With K = 0 nothing is drafted, but the pages must be precise."""
     requests = [decoding(random.Random(1), 3), prefilling(random.Random(1), first=False, last=True)]
     without, with_drafts = (scheduler.plan(to_batch(requests, random.Random(0), num_drafts=k)) for k in (0, 5))
     check(without, requests)

@@ -298,7 +298,7 @@ def test_without_a_tokenizer_little_padding_is_accepted(tmp_path):
 
 
 def test_a_target_of_a_family_with_a_padded_vocabulary(tmp_path):
-    """Qwen2.5's published sizes, no tokenizer at hand."""
+    """Qwen2.5's published sizes, without a tokenizer."""
     small = str(HF_CONFIGS / "Qwen2.5-0.5B-Instruct")
     config = engine_config(easyspec(small), HF_CONFIGS / "Qwen2.5-72B-Instruct", skip_tokenizer_init=True)
     assert config.speculative_config.draft_model_config.get_vocab_size() == 151936
@@ -373,7 +373,7 @@ def test_the_next_vllm_is_used_with_a_warning(monkeypatch, caplog):
 
 
 def test_a_model_config_has_what_the_checks_ask():
-    """Named here so that a new vLLM that renames one fails a test and not a user."""
+    """So that a vLLM that renames one breaks a test before it breaks a user's engine."""
     for name in ("is_hybrid", "is_attention_free", "is_encoder_decoder", "get_sliding_window", "get_vocab_size"):
         assert hasattr(ModelConfig, name)
 

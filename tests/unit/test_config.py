@@ -124,7 +124,7 @@ def test_a_table_of_plans():
 
 
 def test_a_table_of_k():
-    """An entry that only sets K keeps the plan beside the table; without K it takes that of all."""
+    """An entry that only sets K keeps the plan outside the table; one without K takes the K outside it."""
     table = [{"up_to": 2, "plan": "10"}, {"up_to": 8, "num_speculative_tokens": 2}, {"num_speculative_tokens": 0}]
     config = EasySpecConfig.parse(easyspec(layer_parallel={**PLAN, "by_batch_size": table}))
     plans = config.layer_parallel.plan_table(10)
@@ -219,7 +219,7 @@ def test_an_engine_without_our_options_is_told_so(additional):
 
 
 def test_every_field_of_vllm_is_either_passed_through_or_refused_by_name():
-    """Fails where a new vLLM has a field that nobody decided on."""
+    """Fails if a new vLLM has a field that is neither passed through nor refused."""
     ours = set(EasySpecConfig.model_fields)
     internal = {"target_model_config", "target_parallel_config", "draft_model_config", "draft_parallel_config"}
     theirs = {field.name for field in fields(SpeculativeConfig)} - internal

@@ -1,4 +1,4 @@
-"""What a user's YAML or JSON may hold: hostile files end at once, in one line that says where and what."""
+"""Hostile YAML and JSON is refused at once, in one line that says what is wrong and where."""
 
 import time
 

@@ -19,7 +19,7 @@ BOUNDS = DraftBounds(max_drafts=K, max_len=100, graphs_test_room=False)
 
 @pytest.fixture
 def graphs() -> DraftGraphs:
-    """With the graphs that it wants itself."""
+    """With the graphs that it wants."""
     graphs = object.__new__(DraftGraphs)
     graphs.sizes, graphs.max_tokens = SIZES, MAX_TOKENS
     graphs.graphs = dict.fromkeys(graphs.wanted(SIZES, [K], SETTINGS))
@@ -74,7 +74,7 @@ def test_graphs_that_test_for_room_draft_where_a_context_fills_up(graphs):
 
 
 def test_what_is_captured(graphs):
-    """Each plan that some number of requests of a size takes; no calibration longer than vLLM's largest graph."""
+    """Each plan that a number of requests padded to a size takes; no calibration longer than vLLM's largest graph."""
     table = PlanTable.of(ONE, [(2, HALVES)])
     wanted = graphs.wanted([3, 9], [1, K, 4], replace(SETTINGS, plans=table, lookahead=True))
     assert wanted == [

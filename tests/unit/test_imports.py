@@ -1,4 +1,4 @@
-"""Imports of the package run one way, and what serves knows nothing of the tools. Read from the sources."""
+"""Imports of the package go one way, and serving modules don't import the tools. Read from the sources."""
 
 import ast
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ TOOLS = (f"{PACKAGE}.tune", f"{PACKAGE}.bench")
 
 
 def imported(source: str, known: set[str]) -> set[str]:
-    """The `known` modules that a module imports at any place, but for typing only."""
+    """The modules among `known` that a module imports anywhere, except for typing only."""
     found: set[str] = set()
     for node in statements(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -51,7 +51,7 @@ def graph(modules: dict[str, str]) -> dict[str, set[str]]:
 
 
 def users_of_tools(modules: dict[str, set[str]]) -> dict[str, set[str]]:
-    """What serves (all but the tools and their command), and imports a tool."""
+    """Serving modules (all but the tools and their command) that import a tool."""
     serving = {name: uses for name, uses in modules.items() if not name.startswith((*TOOLS, f"{PACKAGE}.cli"))}
     return {name: found for name, uses in serving.items() if (found := {use for use in uses if use.startswith(TOOLS)})}
 

@@ -28,7 +28,7 @@ GENERATOR = torch.Generator().manual_seed(0)
 
 
 def samples(count: int = 300, features: int = 12, outputs: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
-    """Correlated features off zero, outputs that are partly linear in them."""
+    """Correlated features with nonzero means, and outputs that are partly linear in them."""
     x = torch.randn(count, features, generator=GENERATOR) @ torch.randn(features, features, generator=GENERATOR) + 2
     y = x @ torch.randn(features, outputs, generator=GENERATOR) + 3 * torch.randn(count, outputs, generator=GENERATOR)
     return x, y + 7

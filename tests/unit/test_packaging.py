@@ -1,4 +1,4 @@
-"""What only shows once the project is installed: entry points, versions that must agree, the set-up's own commands."""
+"""What only an installation shows: entry points, versions that must agree, the set-up commands."""
 
 import importlib.util
 import os

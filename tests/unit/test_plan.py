@@ -50,7 +50,7 @@ def test_an_unknown_scope_is_refused():
 
 
 def test_sequential_steps_are_the_definition():
-    """1 + N a group in attention scope, 2 in block scope; the precise pass has 2 a layer in either."""
+    """1 + N per group in attention scope, 2 in block scope; the precise pass has 2 per layer in either."""
     plan = DraftPlan((1, 4, 4, 1), "attention")
     assert plan.sequential_steps == 2 + 5 + 5 + 2
     assert DraftPlan((1, 4, 4, 1), "block").sequential_steps == 8

@@ -32,7 +32,7 @@ PATCHED = ("add_cli_args", "create_engine_config", "create_speculative_config")
 
 
 def run_python(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    """A fresh process, since plugins are loaded once a process."""
+    """A new process, because plugins are loaded once per process."""
     return subprocess.run(
         [sys.executable, "-c", script, *arguments],
         env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR"} | environment,

@@ -1,4 +1,4 @@
-"""`vllm serve` with a bad configuration, as a user meets it: a real process, one line, exit code 2, no traceback."""
+"""`vllm serve` with a bad configuration, in a real process: one line, exit code 2, no traceback."""
 
 import json
 import subprocess

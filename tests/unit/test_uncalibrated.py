@@ -1,4 +1,4 @@
-"""`UncalibratedBlocks` beside a slow oracle: blocks, and requests that come, share prefixes, pause, draft and go."""
+"""`UncalibratedBlocks` against a slow oracle: blocks, and requests that arrive, share prefixes, pause, draft and end."""
 
 import random
 from dataclasses import dataclass, field
@@ -54,7 +54,7 @@ class Engine:
             self.free += [block for block in request.blocks if block not in self.cached]
 
     def step(self, pause: bool, budget: int) -> list[Span]:
-        """One round of all requests that find blocks; what had to be read before it."""
+        """One round of all requests that get blocks. Returns what had to be read before it."""
         batch, reads = [], []
         for request in self.requests:
             prefilling = request.computed < request.prompt
@@ -69,7 +69,7 @@ class Engine:
         if not batch:
             return []
         drafts = self.as_batch(batch, reads)
-        stood = drafts.num_valid.tolist()
+        kept = drafts.num_valid.tolist()
         spans: list[Span] = []
         if pause:
             self.uncalibrated.mark(drafts)
@@ -82,12 +82,12 @@ class Engine:
                 slots = [r.blocks[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE for r, p in positions]
                 self.uncalibrated.mark_calibrated(torch.tensor(slots))
         behind = {request.name for request, _ in batch} - self.uncalibrated.up_to_date if not pause else set()
-        for (request, prefilling), valid in zip(batch, stood, strict=True):
+        for (request, prefilling), valid in zip(batch, kept, strict=True):
             first = request.computed + (not prefilling)
             request.computed += valid
             if not pause and not (self.uncalibrated.any and request.name in behind):
                 self.write(request, range(first, min(request.computed + 1, MAX_LEN)))
-            else:  # unread, or read on top of unread pages: nothing precise comes of it
+            else:  # not calibrated, or calibrated on uncalibrated pages: not precise
                 for position in range(first, request.computed):
                     self.precise.discard((request.blocks[position // BLOCK_SIZE], position % BLOCK_SIZE))
         return spans

@@ -1,4 +1,4 @@
-"""What the virtual batch asks of an attention backend, and cache blocks that it can't use."""
+"""What the virtual batch requires of an attention backend, and cache blocks that it can't use."""
 
 import copy
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ BLOCKS, BLOCK_SIZE = 4, 32
 
 
 class Builder:
-    """As FlashAttention 3's: unless told to be fast, it makes a schedule in the one buffer that it has."""
+    """Like FlashAttention 3's: without `fast_build` it writes a schedule into its only buffer."""
 
     kernel_block_size = None
 
