@@ -103,21 +103,21 @@ def test_paused_rounds_leave_pages_uncalibrated_until_a_round_drafts(llm, expect
     """16 requests: K = 0, and the drafter reads nothing. When three are left, it first catches up with them."""
     llm.reset_prefix_cache()
     configure(llm, restore=True)
-    unread, differences = [], []
+    uncalibrated, differences = [], []
 
     def at_step(step: int) -> None:
         if step % 2:
             found = audit(llm)
-            unread.append(sum(request["uncalibrated"] for request in found))
+            uncalibrated.append(sum(request["uncalibrated"] for request in found))
             differences.extend(request["largest_difference"] for request in found)
 
     assert run(llm, {0: range(16)}, at_step) == cut(expected)
     for rank in stats(llm):
         assert rank["paused_rounds"] > 0 and 0 < rank["caught_up_tokens"]
-    most = unread.index(max(unread))
-    assert max(unread) > 16 * 20, "nothing is read while K = 0"
-    assert 0 in unread[most:], "all is read afterwards"
-    assert any(0 < left < unread[most] for left in unread[most + 1 :]), (
+    most = uncalibrated.index(max(uncalibrated))
+    assert max(uncalibrated) > 16 * 20, "nothing is read while K = 0"
+    assert 0 in uncalibrated[most:], "all is read afterwards"
+    assert any(0 < left < uncalibrated[most] for left in uncalibrated[most + 1 :]), (
         "no more in a round than an engine step may hold"
     )
     assert max(differences) < AUDIT_LIMIT

@@ -1,4 +1,4 @@
-"""`UncalibratedBlocks` against a slow oracle: blocks, and requests that arrive, share prefixes, pause, draft and end."""
+"""`UncalibratedBlocks` against a slow oracle: blocks, with requests that arrive, share prefixes, pause, draft, end."""
 
 import random
 from dataclasses import dataclass, field
