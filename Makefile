@@ -1,12 +1,12 @@
 # make install | demo | tune | test | bench | gpu-check | gpu-rehearsal | lint | format | clean. Each does the set-up
 # first where missing.
 #
-# TARGET       cuda or cpu; by itself cuda where nvidia-smi lists a GPU
+# TARGET       cuda or cpu; by default cuda if nvidia-smi lists a GPU
 # TORCH_INDEX  PyTorch's CPU wheel index, for a CPU host whose pip does not know one
-# PYTHON       the Python that .venv is made of, 3.11 or newer; python3.11 where it exists, as the tests run on it
+# PYTHON       the Python of .venv, 3.11 or newer; by default python3.11, which the tests run on, if it exists
 # ARGS         more arguments for pytest, the demo, tune or gpu-check
-# WORKERS      tests at once; by itself 2, and on CUDA 0, which is one after the other: engines share the GPU
-# RANKS, TUNED, TUNE_JSON    of make tune: ranks, and where its two results go
+# WORKERS      tests at once; by default 2, and on CUDA 0, which is one after the other: engines share the GPU
+# RANKS, TUNED, TUNE_JSON    of make tune: ranks, and the files of its two results
 
 TARGET ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 TARGET := $(TARGET)
@@ -17,15 +17,15 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed-$(TARGET)
 NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 
-# Some containers set it. Nothing is compiled at installation either, so that each process would compile all of vLLM that
-# it imports anew: 31 seconds of a core in place of 12, in two to four processes an engine.
+# Some containers set it. Then each process of an engine would compile all of vLLM that it imports, since nothing is
+# compiled at installation either.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install demo tune test bench gpu-check gpu-rehearsal lint lint-python lint-cuda format clean
 
 install: $(INSTALLED)
 
-# The project is installed editable: only its metadata, native sources and the tool that installs it call for another run.
+# The project is installed editable: only its metadata, native sources and the installer require another run.
 $(INSTALLED): pyproject.toml setup.py tools/install.py $(wildcard cpu/*/pyproject.toml) $(NATIVE) | $(BIN)/pip
 	$(BIN)/python tools/install.py $(TARGET) --torch-index="$(TORCH_INDEX)"
 	touch $@
@@ -54,7 +54,7 @@ WORKERS ?= $(if $(filter cpu,$(TARGET)),2,0)
 test: $(INSTALLED)
 	$(BIN)/pytest -n $(WORKERS) $(ARGS)
 
-# The CPU figures, on two cores that do nothing else; about 25 minutes.
+# The CPU figures, on two otherwise idle cores; about 25 minutes.
 RESULTS := benchmarks/results
 BENCH := $(BIN)/vllm-easyspec bench
 TINY_PAIR := --model examples/tiny-pair/target --config configs/tiny-pair.yaml --dtype float32 \
@@ -76,7 +76,7 @@ bench: $(INSTALLED)
 gpu-check: $(INSTALLED)
 	$(BIN)/python tools/gpu_check.py $(ARGS)
 
-# The CUDA path on stub libraries, without a GPU: 5 GB of packages, then a minute or two a part.
+# The CUDA path on stub libraries, without a GPU: 5 GB of packages, then a minute or two per part.
 gpu-rehearsal:
 	$(or $(PYTHON),python3) tools/gpu-rehearsal/rehearse.py $(ARGS)
 
@@ -98,7 +98,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(NATIVE)
 
-# Build outputs and caches. The set-up stays: delete .venv for a new one.
+# Build outputs and caches. The installation stays: delete .venv for a new one.
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache cpu/*/build
 	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

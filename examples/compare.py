@@ -24,11 +24,11 @@ from vllm_easyspec.tune.tuner import configured
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIR = ROOT / "examples" / "tiny-pair"
-TOKENS = 64  # that each request writes
+TOKENS = 64  # that each request generates
 
 
 def compare(model: Path, untuned: Path, tuned: Path, ranks: int, sizes: list[int], turns: int) -> list[dict[str, Any]]:
-    """A row for each batch size."""
+    """One row for each batch size."""
     sys.path.insert(0, str(PAIR))
     from held_out import held_out_prompts
 
@@ -77,7 +77,7 @@ def report(size: int, points: dict[str, Point], seen: dict[Point, list[Pair]]) -
         stages = ", ".join(f"{stage} {took:.1f}" for stage, took in row.stage_ms.items())
         accepted = (row.tokens_a_round - 1) / points[name].num_drafts if points[name].num_drafts else 0.0
         print(
-            f"  {name:8} {points[name]!s:24} {row.tokens_a_round:.2f} tokens a round, acceptance {100 * accepted:.0f}%"
+            f"  {name:8} {points[name]!s:24} {row.tokens_a_round:.2f} tokens per round, acceptance {100 * accepted:.0f}%"
             f"\n{'':11}{row.stage_rate:6.1f} tokens/s of the stages ({stages} ms), {row.wall_rate:6.1f} by wall-clock"
         )
     stage, wall = (

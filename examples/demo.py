@@ -1,6 +1,6 @@
-"""The tiny pair end to end: `vllm serve` with easyspec, asked through the `openai` client; then tuned against untuned.
+"""The tiny pair end to end: `vllm serve` with easyspec, queried with the `openai` client; then tuned against untuned.
 
-Exits with 0 if the texts equal those of a second server, in which the target decodes alone.
+Exits with 0 if the texts equal those of a second server, which decodes without speculation.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
         "--tuned", type=Path, default=relative(ROOT / "configs/tiny-pair-tuned.yaml"), help="by vllm-easyspec tune"
     )
     parser.add_argument("--tensor-parallel-size", type=int, default=min(2, places()), help="ranks")
-    parser.add_argument("--max-tokens", type=int, default=96, help="tokens an answer")
+    parser.add_argument("--max-tokens", type=int, default=96, help="tokens per answer")
     return parser.parse_args()
 
 
@@ -68,7 +68,7 @@ def parse_arguments() -> argparse.Namespace:
 def server(what: str, options: argparse.Namespace, *arguments: str) -> Iterator[Server]:
     print(f"\nStarting vllm serve {what} ...", end=" ", flush=True)
     began = time.monotonic()
-    # Plain vLLM wants a NUMA node a rank unless it is told the cores of each; easyspec tells it by itself.
+    # Without easyspec vLLM needs a NUMA node per rank, unless it is told the cores of each rank.
     binding = "|".join(str(core) for core in cores()[: options.tensor_parallel_size])
     plain_on_cpu = options.tensor_parallel_size > 1 and not arguments
     with serve(
@@ -101,22 +101,22 @@ def ask(running: Server, max_tokens: int, show: bool) -> Texts:
 
 
 def report(ranks: list[dict]) -> None:
-    """What the drafter did: `ranks` are the counters of each."""
+    """Print what the drafter did. ranks: the counters of each rank."""
     first = ranks[0]
     if not first["verified"]:
         raise RuntimeError(f"the drafter drafted nothing: {first}")
     plan = first["plan"]
     accepted = "  ".join(f"{100 * share:.0f}%" for share in first["acceptance"])
     print(f"plan                   {plan}, {first['scope']} scope, K = {first['num_speculative_tokens']}")
-    print(f"tokens a round         {first['tokens_a_round']:.2f} over {first['verified']} rounds")
+    print(f"tokens per round       {first['tokens_a_round']:.2f} over {first['verified']} rounds")
     print(f"acceptance by position {accepted}")
     for rank in ranks:
         times = ", ".join(f"{stage} {took:.1f} ms" for stage, took in rank["stage_ms"].items() if took is not None)
-        print(f"a round on rank {rank['rank']}      {times}")
+        print(f"times on rank {rank['rank']}        {times}")
 
 
 def compare_tuned(options: argparse.Namespace) -> int:
-    """Exit code of `compare.py`, which prints what it measures."""
+    """Run `compare.py`, which prints what it measures. Returns its exit code."""
     print(f"\nThe same drafter, tuned ({options.tuned}), in turn with the above in one engine ...", flush=True)
     given = ["--model", options.model, "--untuned", options.config, "--tuned", options.tuned]
     given += ["--tensor-parallel-size", options.tensor_parallel_size]
@@ -124,7 +124,7 @@ def compare_tuned(options: argparse.Namespace) -> int:
 
 
 def places() -> int:
-    """For how many ranks there is a GPU, or a core where there is none."""
+    """The number of GPUs, or of cores if there is no GPU."""
     return torch.cuda.device_count() or len(cores())
 
 
@@ -133,7 +133,7 @@ def cores() -> list[int]:
 
 
 def relative(path: Path) -> Path:
-    """Shorter to read, where the project is the current folder."""
+    """`path` relative to the current folder, if it is inside."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 

@@ -31,7 +31,9 @@ def main() -> None:
     for result in llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=48)):
         print("---", result.prompt, result.outputs[0].text, sep="\n")
     first_rank = llm.collective_rpc("easyspec_stats")[0]
-    print(f"---\n{first_rank['tokens_a_round']:.2f} tokens a round, acceptance by position {first_rank['acceptance']}")
+    print(
+        f"---\n{first_rank['tokens_a_round']:.2f} tokens per round, acceptance by position: {first_rank['acceptance']}"
+    )
 
 
 if __name__ == "__main__":  # vLLM's worker processes import this file again

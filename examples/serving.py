@@ -18,11 +18,11 @@ import openai
 
 
 class ServerError(RuntimeError):
-    """The server didn't start, or failed later; the message holds the last lines of its log."""
+    """The server didn't start, or failed later; the message contains the last lines of its log."""
 
 
 class Server:
-    """A running server. `model` is the name that requests give."""
+    """A running server. `model` is its model name in requests."""
 
     model = "served"
 
@@ -32,7 +32,7 @@ class Server:
         self.log = log
 
     def client(self) -> openai.OpenAI:
-        """Talks to this machine directly, whatever proxy the environment names."""
+        """A client that ignores proxies in the environment."""
         return openai.OpenAI(
             base_url=f"http://127.0.0.1:{self.port}/v1",
             api_key="none",
@@ -44,7 +44,7 @@ class Server:
         return self._request("GET", path)
 
     def rpc(self, method: str, **arguments: Any) -> list[Any]:
-        """Call a method of every rank's worker; one reply a rank. vLLM offers this in its development mode only."""
+        """Call a method of every rank's worker; one reply per rank. vLLM offers this only in its development mode."""
         return json.loads(self._request("POST", "/collective_rpc", {"method": method, "kwargs": arguments}))["results"]
 
     def is_healthy(self) -> bool:
@@ -76,13 +76,14 @@ def serve(
 ) -> Iterator[Server]:
     """Run `vllm serve MODEL ARGUMENTS` for the length of a `with` block.
 
-    Raises `ServerError` where it ends or stays silent for `patience` seconds, or where it fails a request of the block.
+    Raises `ServerError` if the server ends or doesn't answer within `patience` seconds, or fails a request of the
+    block.
     """
     port = _free_port()
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), *arguments]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", Server.model]
     settings = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    grace = 1  # seconds for each polite way to stop it; while it starts, vLLM heeds none
+    grace = 1  # seconds to wait after each signal; while vLLM starts, it ignores them
     with tempfile.NamedTemporaryFile("w", prefix="vllm-serve-", suffix=".log") as log:
         process = subprocess.Popen(
             command,
@@ -120,7 +121,7 @@ def _wait_until_healthy(server: Server, patience: float) -> None:
 
 
 def _stop(process: subprocess.Popen, grace: float) -> None:
-    """Ask the server to end, then all of its processes, `grace` seconds each, then end what is left."""
+    """Terminate the server, then all of its processes, `grace` seconds each, then kill what is left."""
     group = process.pid
     try:
         for ask in (process.terminate, lambda: os.killpg(group, signal.SIGTERM)):
@@ -128,7 +129,7 @@ def _stop(process: subprocess.Popen, grace: float) -> None:
             if _has_ended(process, grace):
                 return
     except ProcessLookupError:
-        pass  # the last one has just gone
+        pass  # the last process has just ended
     finally:
         with suppress(ProcessLookupError):
             os.killpg(group, signal.SIGKILL)
@@ -136,7 +137,7 @@ def _stop(process: subprocess.Popen, grace: float) -> None:
 
 
 def _has_ended(process: subprocess.Popen, seconds: float) -> bool:
-    """Whether the server and its group end within the time. The last are Python's resource trackers, which clean up."""
+    """Whether the server and its process group end in time. Python's resource trackers, which clean up, end last."""
     deadline = time.monotonic() + seconds
     while True:
         try:

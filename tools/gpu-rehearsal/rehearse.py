@@ -1,10 +1,10 @@
 """The CUDA path without a GPU: real vLLM, torch, Triton and CUDA graphs on stub libraries whose kernels do nothing.
 
-`rehearse.py` makes what is missing of its environment in `.gpu-rehearsal/` (5 GB: CUDA's torch 2.11, the pruned vLLM of
-tools/offline-bundle, the stubs, this project's extension), then starts engines and drafters and captures their graphs.
-Values mean nothing, and no request is answered, since kernels that do nothing sample nothing. What it shows is every
-exception on the way to the first request: a module missing in the bundle, a wrong shape or argument of a launch, a host
-synchronisation while a graph is captured (the stubs print FAULT), a plan whose graphs are not captured.
+`rehearse.py` creates what is missing of its environment in `.gpu-rehearsal/` (5 GB: CUDA's torch 2.11, the pruned vLLM
+of tools/offline-bundle, the stubs, this project's extension), then starts engines and drafters and captures their
+graphs. Values mean nothing, and no request is answered, since kernels that do nothing sample nothing. What it shows is
+every exception on the way to the first request: a module missing in the bundle, a wrong shape or argument of a launch,
+a host synchronization during graph capture (the stubs print FAULT), a plan whose graphs are not captured.
 
 Exit code 1 if a part failed. It needs Python 3.12, gcc, xz and a CUDA 13 toolkit.
 """
@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 HOME = ROOT / ".gpu-rehearsal"
 TORCH = ("torch==2.11.0", "triton==3.6.0", "transformers==5.17.0")
-# What a GPU host's image has beside them, as far as vLLM imports it.
+# What else a GPU host's image has, as far as vLLM imports it.
 PACKAGES = (
     "pytest pytest-timeout scipy setuptools wheel psutil prometheus-client fastapi uvicorn uvloop aiohttp cloudpickle "
     "protobuf einops requests py-cpuinfo sentencepiece tiktoken pyzmq numba six nvidia-ml-py cachetools ninja regex"
@@ -83,7 +83,7 @@ def run(*command: object, **environment: str) -> None:
 
 
 def set_up() -> None:
-    """Make what is not there yet."""
+    """Create what is missing."""
     HOME.mkdir(exist_ok=True)
     python = HOME / "venv" / "bin" / "python"
     if not (HOME / "installed").exists():
@@ -98,7 +98,7 @@ def set_up() -> None:
         run("tar", "-xJf", HOME / "site.tar.xz", "-C", HOME / "site")
     shutil.copytree(HERE, HOME / "stubs", dirs_exist_ok=True)
     run("make", "-s", "-C", HOME / "stubs")
-    # The project as a GPU host builds it, but for the runtime, which must be the stubs'.
+    # The project as a GPU host builds it, except for the CUDA runtime, which must be the stubs'.
     project = HOME / "project"
     shutil.rmtree(project, ignore_errors=True)
     for folder in ("csrc", "vllm_easyspec"):
@@ -126,7 +126,7 @@ def rehearse(name: str, program: str, arguments: str, seconds: float) -> str:
         "VLLM_NO_USAGE_STATS": "1",
     }
     script = HOME / f"{name}.py"
-    # vLLM's processes import the main module anew.
+    # vLLM's processes import the main module again.
     script.write_text(
         "if __name__ == '__main__':\n" + "".join(f"    {line}\n" for line in program.strip().splitlines())
     )
