@@ -31,8 +31,8 @@ def installed(name: str) -> bool:
 
 
 def pip_install(*arguments: str) -> int:
-    # Without --no-warn-conflicts pip would end by listing CUDA_ONLY as missing. --no-compile: compiling every module of
-    # every package takes nearly as long as all the rest; Python compiles what is imported, when it first is.
+    # Without --no-warn-conflicts pip would list CUDA_ONLY as missing. --no-compile: compiling every module of every
+    # package takes nearly as long as everything else; Python compiles modules when they are first imported.
     options = ["--quiet", "--no-warn-conflicts", "--no-compile"]
     command = [sys.executable, "-m", "pip", "install", *options, *arguments]
     return subprocess.run(command, cwd=ROOT).returncode
