@@ -78,7 +78,8 @@ def report(size: int, points: dict[str, Point], seen: dict[Point, list[Pair]]) -
         accepted = (row.tokens_a_round - 1) / points[name].num_drafts if points[name].num_drafts else 0.0
         print(
             f"  {name:8} {points[name]!s:24} {row.tokens_a_round:.2f} tokens per round, "
-            f"acceptance {100 * accepted:.0f}%\n{'':11}{row.stage_rate:6.1f} tokens/s of the stages ({stages} ms), {row.wall_rate:6.1f} by wall-clock"
+            f"acceptance {100 * accepted:.0f}%\n"
+            f"{'':11}{row.stage_rate:6.1f} tokens/s of the stages ({stages} ms), {row.wall_rate:6.1f} by wall-clock"
         )
     stage, wall = (
         getattr(rows["tuned"], rate) / getattr(rows["untuned"], rate) for rate in ("stage_rate", "wall_rate")
