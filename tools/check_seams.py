@@ -26,7 +26,7 @@ NOTE = "note: "
 Statement = ast.stmt | ast.ExceptHandler
 
 
-class Mismatch(Exception):
+class MismatchError(Exception):
     """The message says what is missing in vLLM."""
 
 
@@ -67,7 +67,7 @@ class Parameter:
 
 def parameters(function: ast.AST | None) -> list[Parameter]:
     if not isinstance(function, ast.FunctionDef):
-        raise Mismatch(f"what should be a function is {ast.unparse(function) if function else 'a module'!r}")
+        raise MismatchError(f"what should be a function is {ast.unparse(function) if function else 'a module'!r}")
     given = function.args
     ordered = [*given.posonlyargs, *given.args]
     first_default = len(ordered) - len(given.defaults)
@@ -142,22 +142,22 @@ class VllmTree:
                 if here == name and not origin.startswith("vllm"):
                     return source, None
                 if here in (name, "*") and origin.startswith("vllm"):
-                    with suppress(Mismatch):
+                    with suppress(MismatchError):
                         return self.find(origin, there if here == name else name, (*on_the_way, (module, name)))
             if submodule := self.module(f"{module}.{name}"):
                 return submodule, None
-        raise Mismatch(f"there is no {module}.{name}")
+        raise MismatchError(f"there is no {module}.{name}")
 
     def lineage(self, module: str, name: str) -> list[ast.ClassDef]:
         """A class and its bases in vLLM, nearest first."""
         home, cls = self.find(module, name)
         if not isinstance(cls, ast.ClassDef):
-            raise Mismatch(f"{module}.{name} is no class")
+            raise MismatchError(f"{module}.{name} is no class")
         found = [cls]
         for base in cls.bases:
             base = base.value if isinstance(base, ast.Subscript) else base
             if isinstance(base, ast.Name):
-                with suppress(Mismatch):  # from outside vLLM
+                with suppress(MismatchError):  # from outside vLLM
                     found += self.lineage(home.name, base.id)
         return found
 
@@ -179,7 +179,7 @@ class VllmTree:
         if isinstance(function, ast.FunctionDef):
             return parameters(function)[0 if "staticmethod" in decorators(function) else 1 :]
         if method:
-            raise Mismatch(f"vllm.{module}:{name} has no method {method}")
+            raise MismatchError(f"vllm.{module}:{name} has no method {method}")
         return [part for cls in reversed(self.lineage(f"vllm.{module}", name)) for part in fields(cls)]
 
 
@@ -189,7 +189,7 @@ class VllmTree:
 def check_has(vllm: VllmTree, place: str, names: str) -> None:
     missing = [name for name in names.split() if name not in vllm.members(place)]
     if missing:
-        raise Mismatch(f"vllm.{place} has no {', '.join(missing)}")
+        raise MismatchError(f"vllm.{place} has no {', '.join(missing)}")
 
 
 def check_takes(vllm: VllmTree, written: str, exactly: bool = False) -> None:
@@ -199,8 +199,12 @@ def check_takes(vllm: VllmTree, written: str, exactly: bool = False) -> None:
     in_place, keywords = [argument.id for argument in call.args], {keyword.arg for keyword in call.keywords}
     names, given = [part.name for part in theirs], {*in_place, *keywords}
     fits = [part.name for part in theirs if part.by_place][: len(in_place)] == in_place and keywords <= set(names)
-    if not fits or any(part.required and part.name not in given for part in theirs) or exactly and given != set(names):
-        raise Mismatch(f"vllm.{place} takes ({', '.join(names)}), and we give ({rest}")
+    if (
+        not fits
+        or any(part.required and part.name not in given for part in theirs)
+        or (exactly and given != set(names))
+    ):
+        raise MismatchError(f"vllm.{place} takes ({', '.join(names)}), and we give ({rest}")
 
 
 def check_overrides(vllm: VllmTree, path: Path, cls: str, place: str, names: str) -> None:
@@ -212,27 +216,29 @@ def check_overrides(vllm: VllmTree, path: Path, cls: str, place: str, names: str
             continue
         if name not in theirs or name not in ours:
             lacking = f"vllm.{place}" if name not in theirs else f"our {cls}"
-            raise Mismatch(f"{lacking} has no {name}, and {cls} has to override vllm.{place}'s")
+            raise MismatchError(f"{lacking} has no {name}, and {cls} has to override vllm.{place}'s")
         if ast.FunctionDef in {type(ours[name]), type(theirs[name])}:
             takes, took = ([part.name for part in parameters(of[name])] for of in (theirs, ours))
             if takes != took:
-                raise Mismatch(f"vllm.{place}.{name} takes ({', '.join(takes)}), and {cls}'s takes ({', '.join(took)})")
+                raise MismatchError(
+                    f"vllm.{place}.{name} takes ({', '.join(takes)}), and {cls}'s takes ({', '.join(took)})"
+                )
     clashes = sorted(ours.keys() & theirs.keys() - wanted.keys() - {"__init__"})
     if clashes:
-        raise Mismatch(f"vllm.{place} has {', '.join(clashes)}, which {cls} would replace by accident")
+        raise MismatchError(f"vllm.{place} has {', '.join(clashes)}, which {cls} would replace by accident")
 
 
 def check_says(vllm: VllmTree, path: str, text: str) -> None:
     file = vllm.folder / "vllm" / path
     if not file.is_file() or text not in file.read_text("utf-8"):
-        raise Mismatch(f"vllm/{path} does not say {text}")
+        raise MismatchError(f"vllm/{path} does not say {text}")
 
 
 def check_kernel(vllm: VllmTree, kernel: str, stand_in: ast.FunctionDef) -> None:
     place = kernel.removeprefix("vllm.") if kernel.startswith("vllm.") else f"v1.worker.gpu.{kernel}"
     theirs = vllm.parameters(":".join(place.rsplit(".", 1)))
     if [part.name for part in theirs] != [part.name for part in parameters(stand_in)][1:]:
-        raise Mismatch(f"{NOTE}vllm.{place} has other parameters than {stand_in.name}")
+        raise MismatchError(f"{NOTE}vllm.{place} has other parameters than {stand_in.name}")
 
 
 # ---- all seams: our file, and checks with their arguments, one of which must pass ----
@@ -280,7 +286,7 @@ def check_all(folder: Path) -> tuple[int, list[str]]:
         for check, *arguments in alternatives:
             try:
                 check(vllm, *arguments)
-            except Mismatch as mismatch:
+            except MismatchError as mismatch:
                 reasons.append(str(mismatch))
         if len(reasons) == len(alternatives):
             mismatches.append(f"{'; '.join(reasons)} [{ours}]")

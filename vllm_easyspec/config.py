@@ -6,6 +6,7 @@ here imports vLLM: the file is read before an engine exists, and by `vllm-easysp
 
 import difflib
 import hashlib
+import itertools
 import logging
 import re
 from collections.abc import Mapping
@@ -96,7 +97,7 @@ def _read_grouping(value: Any) -> Any:
 
 def _read_vocabulary(value: Any) -> Any:
     """A number of tokens or a path."""
-    if type(value) is int and value >= 1 or isinstance(value, str) and value or value is None:
+    if (type(value) is int and value >= 1) or (isinstance(value, str) and value) or value is None:
         return value
     raise PydanticCustomError("draft_vocabulary", "it is neither a number of at least 1 nor a path")
 
@@ -232,7 +233,7 @@ class LayerParallelConfig(PlanConfig):
     @model_validator(mode="after")
     def _ranges_ascend(self) -> "LayerParallelConfig":
         ends = [entry.up_to for entry in self.by_batch_size]
-        for index, (end, following) in enumerate(zip(ends, ends[1:], strict=False)):
+        for index, (end, following) in enumerate(itertools.pairwise(ends)):
             if end is None:
                 raise ValueError(
                     f"by_batch_size[{index}] has no up_to, and only the last entry may go without. Add up_to, or "
@@ -398,7 +399,7 @@ class EasySpecConfig(RuntimeOptions):
         return self
 
     def drafts_by_batch_size(self) -> list[list[int]] | None:
-        """vLLM's table of K, `[first batch size, last batch size, K]` a range; None where K is always the same."""
+        """VLLM's table of K, `[first batch size, last batch size, K]` a range; None where K is always the same."""
         table = self.layer_parallel.by_batch_size
         if all(entry.num_speculative_tokens is None for entry in table):
             return self.num_speculative_tokens_per_batch_size
@@ -451,7 +452,7 @@ class EasySpecConfig(RuntimeOptions):
         return self.model_dump(mode="json", exclude=ours, exclude_none=True) | self.to_json()
 
     def to_vllm(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """vLLM's own speculative configuration, and the options that go to `additional_config["easyspec"]`."""
+        """VLLM's own speculative configuration, and the options that go to `additional_config["easyspec"]`."""
         # 1 passes vLLM's check of the head counts at any rank count, and Model Runner V2 reads it nowhere else.
         fields = self.draft_model() | {"draft_tensor_parallel_size": 1}
         if self.draft_sample_method != "probabilistic":

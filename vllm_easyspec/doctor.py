@@ -5,11 +5,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from vllm_easyspec import support
-from vllm_easyspec.config import ConfigError, EasySpecConfig
+from vllm_easyspec.config import EasySpecConfig
 from vllm_easyspec.drafter.architectures import DrafterShape
 from vllm_easyspec.drafter.placement import LayerPlacement, MlpPlacement, choose_mlp
 from vllm_easyspec.drafter.plan import PlanTable
 from vllm_easyspec.drafter.vocabulary import DraftVocabulary, special_ids
+from vllm_easyspec.errors import ConfigError
 from vllm_easyspec.lookahead import check_lookahead
 from vllm_easyspec.versions import Support, installed, require_supported, vllm_version
 

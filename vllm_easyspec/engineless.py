@@ -69,7 +69,7 @@ class EnginelessDrafter:
         config = EngineArgs(
             model=str(model),
             skip_tokenizer_init=True,
-            dtype=dtype,  # type: ignore[arg-type]
+            dtype=dtype,
             load_format=load_format,
             use_tqdm_on_load=False,
             tensor_parallel_size=1,
@@ -108,7 +108,7 @@ class EnginelessDrafter:
     def _allocate_pages(self) -> list[AttentionGroup]:
         """Let vLLM lay out, allocate and bind this rank's pages. Returns an empty list if the rank has no layers."""
         group = get_tp_group()
-        specs: list[dict] = [{}] * group.world_size
+        specs: list[dict[str, Any]] = [{}] * group.world_size
         torch.distributed.all_gather_object(specs, get_kv_cache_spec(self.config), group=group.cpu_group)
         specs_of_holders = [spec for spec in specs if spec]  # the first ranks
         if group.rank_in_group >= len(specs_of_holders):

@@ -124,8 +124,8 @@ class DraftGraphs(CudaGraphManager):
 
         # Largest first, so that the smaller ones fit into its memory pool.
         missing.sort(key=lambda graph: graph.num_tokens, reverse=True)
-        self._capture_descs = {CUDAGraphMode.FULL: missing}  # type: ignore[dict-item]
-        self.capture(create_forward_fn, "Capturing the drafter's CUDA graphs")  # type: ignore[arg-type]
+        self._capture_descs = {CUDAGraphMode.FULL: missing}
+        self.capture(create_forward_fn, "Capturing the drafter's CUDA graphs")
 
     def replay(self, graph: DraftGraph) -> PassCounters:
         """Run the graph. Returns the counts of its passes."""

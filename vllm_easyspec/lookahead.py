@@ -23,10 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from vllm_easyspec.config import ConfigError
 from vllm_easyspec.drafter.architectures import DrafterShape
 from vllm_easyspec.drafter.placement import LayerPlacement
 from vllm_easyspec.drafter.plan import DraftPlan
+from vllm_easyspec.errors import ConfigError
 from vllm_easyspec.ops import WHY_NOT_NATIVE, group_features, look_ahead
 
 FORMAT = "vllm_easyspec look-ahead maps, 2"

@@ -45,10 +45,10 @@ class StageClock:
     def __init__(self, device: torch.device, window: int = 512):
         self.on_cuda = device.type == "cuda"
         self.window = window
-        self.spans: dict[str, list] = {stage: [] for stage in STAGES}
+        self.spans: dict[str, list[Any]] = {stage: [] for stage in STAGES}
         self.open: dict[str, object] = {}
 
-    def _now(self):
+    def _now(self) -> Any:
         if not self.on_cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -121,7 +121,7 @@ class DraftStatistics:
         cells = read_drafts * self.by_kept_tokens.shape[1] + batch.num_valid.clamp(max=self.max_drafts + 1)
         self.by_kept_tokens.view(-1).scatter_add_(0, cells * ~prefilling, (~prefilling).long())
 
-    def snapshot(self) -> dict:
+    def snapshot(self) -> dict[str, Any]:
         """Plain numbers for an RPC reply: acceptance by position; tokens per round, the target's own included."""
         untested, tested = self.by_kept_tokens.tolist()
         verified = sum(tested)

@@ -19,7 +19,7 @@ logger = init_logger("vllm.easyspec")
 NAMESPACE = "vllm_easyspec"
 _library = torch.library.Library(NAMESPACE, "DEF")
 # The plain-torch reference of each operator, which tests compare the kernels with.
-REFERENCES: dict[torch._ops.OpOverload, Callable] = {}
+REFERENCES: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
 
 # A pass of at most so many tokens takes a sublayer's dense work on a CPU in one native operator. Longer ones are bound
@@ -65,7 +65,8 @@ def arguments(*args: Any) -> tuple[Any, ...]:
     return args
 
 
-def reference_of(name: str) -> Callable:
+def reference_of(name: str) -> Callable[..., Any]:
+    """The plain-torch reference of the operator `name`."""
     return REFERENCES[getattr(getattr(torch.ops, NAMESPACE), name).default]
 
 
@@ -102,7 +103,7 @@ R = TypeVar("R")
 
 
 def _operator(
-    schema: str, fake: Callable | None = None, of_few_tokens: bool = False
+    schema: str, fake: Callable[..., Any] | None = None, of_few_tokens: bool = False
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Define `torch.ops.vllm_easyspec.<schema>`; the decorated function, which then calls it, is its reference.
 

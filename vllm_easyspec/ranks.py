@@ -39,7 +39,7 @@ class _Group(NamedTuple):
     rendezvous: str  # a file
 
 
-def run_ranks(num_ranks: int, function: Callable, *args: Any, timeout_s: float = 300.0) -> list[Any]:
+def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout_s: float = 300.0) -> list[Any]:
     """Call `function(*args)` in `num_ranks` new processes that form one tensor-parallel group. Returns results by rank.
 
     function: importable by name in a new process. On a CPU each rank gets its share of this process's CPUs. Raises
@@ -104,7 +104,7 @@ def _collect(results: list[Connection], deadline: float, timeout_s: float) -> li
 
 
 def _rank_main(
-    rank: int, group: _Group, cpus: list[int], sender: Connection, function: Callable, args: tuple[Any, ...]
+    rank: int, group: _Group, cpus: list[int], sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
     """A rank's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the ranks
@@ -125,7 +125,7 @@ def _rank_main(
 
 @contextmanager
 def _tensor_parallel(rank: int, group: _Group) -> Iterator[None]:
-    """vLLM's distributed state, as its worker sets it up."""
+    """VLLM's distributed state, as its worker sets it up."""
     if current_platform.is_cpu():
         import vllm.v1.worker.cpu.shm  # noqa: F401 - adds torch functions that a CPU lacks, as vLLM's worker does
     else:

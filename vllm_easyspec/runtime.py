@@ -17,12 +17,13 @@ from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_easyspec.batch import DraftBatch, DraftBounds
 from vllm_easyspec.calibration import CalibrationScheduler
-from vllm_easyspec.config import ConfigError, RuntimeOptions
+from vllm_easyspec.config import RuntimeOptions
 from vllm_easyspec.drafter.model import LayerParallelDrafter
 from vllm_easyspec.drafter.paged_kv import DrafterAttention, PagedKV
 from vllm_easyspec.drafter.products import choose_products
 from vllm_easyspec.drafter.xformers_attention import choose as choose_attention
 from vllm_easyspec.drafting import DraftLoop, Sample
+from vllm_easyspec.errors import ConfigError
 from vllm_easyspec.graphs import DraftGraph, DraftGraphs
 from vllm_easyspec.lookahead import LookaheadFile, LookaheadMaps, checkpoint_folder
 from vllm_easyspec.metrics import DraftStatistics

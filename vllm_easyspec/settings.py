@@ -99,7 +99,7 @@ def _group_sizes(plan: str | Sequence[int]) -> Sequence[int]:
     return parse_grouping(plan) if isinstance(plan, str) else plan
 
 
-def one_of(field: str, value: Any, allowed: Collection) -> None:
+def one_of(field: str, value: Any, allowed: Collection[Any]) -> None:
     """Raise ValueError for a value that is not allowed."""
     if value not in allowed:
         names = ", ".join(str(each) for each in allowed if each is not None)

@@ -63,7 +63,7 @@ class EasySpecSpeculator(DraftModelSpeculator):
     # ---- one round ----
 
     @torch.inference_mode()
-    def propose(  # noqa: PLR0913 - vLLM's interface
+    def propose(
         self,
         input_batch: InputBatch,
         attn_metadata: dict[str, Any] | None,
@@ -231,7 +231,7 @@ class EasySpecSpeculator(DraftModelSpeculator):
         self.runtime.capture(batch_sizes, num_drafts, self.settings.current)
 
     def _profile(self, input_batch: InputBatch) -> torch.Tensor:
-        """vLLM's memory profiling, before pages exist: a whole batch through the precise pass, and its logits."""
+        """VLLM's memory profiling, before pages exist: a whole batch through the precise pass, and its logits."""
         hidden = self.model(input_batch.input_ids.long(), self.precise, UnpagedPass(input_batch.positions))
         self.model.compute_logits(hidden[: input_batch.num_reqs])
         return self.draft_tokens[: input_batch.num_reqs]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
 
-from vllm_easyspec.config import METHOD, ConfigError, GroupedAttention, LayerParallelConfig, RuntimeOptions
+from vllm_easyspec.config import METHOD, GroupedAttention, LayerParallelConfig, RuntimeOptions
 from vllm_easyspec.drafter.architectures import DrafterShape, UnsupportedDrafterError
 from vllm_easyspec.drafter.vocabulary import (
     DraftVocabulary,
@@ -22,7 +22,7 @@ from vllm_easyspec.drafter.vocabulary import (
     special_ids,
     tokenizer_hash,
 )
-from vllm_easyspec.errors import shown
+from vllm_easyspec.errors import ConfigError, shown
 
 logger = logging.getLogger("vllm.easyspec")
 
@@ -115,7 +115,7 @@ def why_no_xformers() -> str | None:
 def _xformers_serves(config: "VllmConfig") -> bool:
     """Whether the drafter may use xformers' attention in place of a backend's."""
     wanted = RuntimeOptions.from_vllm(config).grouped_attention
-    return wanted == "xformers" or wanted == "auto" and why_no_xformers() is None
+    return wanted == "xformers" or (wanted == "auto" and why_no_xformers() is None)
 
 
 ATTENTION_BACKEND = Refusal(

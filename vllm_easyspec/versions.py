@@ -13,6 +13,8 @@ class UnsupportedVllmError(RuntimeError):
 
 
 class Support(Enum):
+    """How far a version of vLLM is supported."""
+
     TESTED = "run and tested"
     CHECKED = "checked against its sources, not run"
     UNSUPPORTED = "not supported"

@@ -59,7 +59,7 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
             self.speculator.runtime.uncalibrated.copied(scheduler_output.kv_cache_block_copies)
         return super().execute_model(scheduler_output)
 
-    def easyspec_stats(self, reset: bool = False) -> dict:
+    def easyspec_stats(self, reset: bool = False) -> dict[str, Any]:
         """Counters and times since the last reset, by rank."""
         snapshot = self.speculator.statistics.snapshot() | self.speculator.settings.current.to_json()
         snapshot |= {
@@ -83,7 +83,7 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
         lookahead: bool | None = None,
         restore: bool = False,
         group_sizes: list[int] | None = None,
-    ) -> dict:
+    ) -> dict[str, Any]:
         """Change scope, plan, K (up to the configured one), calibration or the use of look-ahead maps from the next
         round on, and reset the counters.
 
@@ -97,7 +97,7 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
         self.speculator.statistics.reset()
         return self.easyspec_stats()
 
-    def easyspec_capture(self, batch_sizes: list[int], num_speculative_tokens: list[int]) -> dict:
+    def easyspec_capture(self, batch_sizes: list[int], num_speculative_tokens: list[int]) -> dict[str, Any]:
         """Record CUDA graphs for what `easyspec_configure` set, which runs without them until then.
 
         Requests wait meanwhile, for seconds. Without graphs (on a CPU, or with enforce_eager) it does nothing.
@@ -110,6 +110,6 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
         ids = torch.tensor(token_ids, device=self.device)
         return group_costs(self.speculator.model, ids, scope, max_size)
 
-    def easyspec_audit(self) -> list[dict]:
+    def easyspec_audit(self) -> list[dict[str, Any]]:
         """Largest difference between this rank's drafter pages and a precise recomputation, for each live request."""
         return [asdict(request) for request in audit(self.model_runner, self.speculator)]

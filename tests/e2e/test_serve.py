@@ -359,9 +359,8 @@ def test_configuration_error_ends_the_command(tmp_path):
     """One clear line at the end, before any model is loaded."""
     config = tmp_path / "easyspec.yaml"
     config.write_text(f"method: easyspec\nmodel: {DRAFTER}\nnum_speculative_tokens: 0\n")
-    with pytest.raises(serving.ServerError) as caught:
-        with serving.serve(TARGET, "--speculative-config", str(config)):
-            pass
+    with pytest.raises(serving.ServerError) as caught, serving.serve(TARGET, "--speculative-config", str(config)):
+        pass
     message = str(caught.value)
     assert "ended with code 2" in message
     last = message.strip().splitlines()[-1]
@@ -379,9 +378,9 @@ def test_an_error_of_a_worker_is_the_last_line(tmp_path):
     config = tmp_path / "easyspec.yaml"
     config.write_text(f"method: easyspec\nmodel: {drafter}\nnum_speculative_tokens: 3\n")
     arguments = ["--speculative-config", str(config), "--dtype", "float32", "--enforce-eager", "--max-model-len", "64"]
-    with pytest.raises(serving.ServerError, match="ended with code 1") as caught:
-        with serving.serve(TARGET, *arguments, "--kv-cache-memory-bytes", "16M"):
-            pass
+    arguments += ["--kv-cache-memory-bytes", "16M"]
+    with pytest.raises(serving.ServerError, match="ended with code 1") as caught, serving.serve(TARGET, *arguments):
+        pass
     lines = str(caught.value).strip().splitlines()
     assert lines[-1].startswith("easyspec: error: the drafter's checkpoint holds NaN or infinity")
     assert len([line for line in lines if line.startswith("easyspec: error: ")]) == 1

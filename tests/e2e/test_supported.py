@@ -200,7 +200,7 @@ def test_lora_embeddings_and_reloaded_weights(adapted, name):
 
 def test_k_by_batch_size(adapted):
     """K is 0 while all 16 run, then 2, then 5 as requests end; the pages stay precise."""
-    _, expected, llm = adapted
+    _, _expected, llm = adapted
     stats(llm, reset=True)
     lengths = [24] * 8 + [48] * 5 + [96] * 3
     assert max(audited(llm, mixed_prompts(), lengths)) < AUDIT_LIMIT

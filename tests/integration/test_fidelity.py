@@ -55,7 +55,7 @@ def test_scores(by_rank):
         for scores in by_scope.values():
             costs = {(start, size): cost for start, size, cost in scores}
             assert set(costs) == {(start, size) for size in (2, 3, 4) for start in range(LAYERS - size + 1)}
-            assert 0 < min(costs.values()) and max(costs.values()) < 1
+            assert min(costs.values()) > 0 and max(costs.values()) < 1
             first = costs.pop((0, 2))
             assert first > max(cost for (_, size), cost in costs.items() if size == 2), (
                 "the default plan keeps it alone"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vllm_easyspec.config import ConfigError
+from vllm_easyspec.errors import ConfigError
 from vllm_easyspec.lookahead import LookaheadFile
 from vllm_easyspec.ranks import RankError
 from vllm_easyspec.tune.fit import BATCH, FitSettings, fit

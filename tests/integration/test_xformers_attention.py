@@ -12,11 +12,12 @@ from test_triton_attention import NEXT, PROMPTS
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_easyspec.config import ConfigError, RuntimeOptions
+from vllm_easyspec.config import RuntimeOptions
 from vllm_easyspec.drafter import xformers_attention
 from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.drafter.xformers_attention import HEAD_SIZES, Runs, XFormersBackend, paged_attention, why_unusable
 from vllm_easyspec.engineless import EnginelessDrafter
+from vllm_easyspec.errors import ConfigError
 from vllm_easyspec.ranks import run_ranks
 
 os.environ["XFORMERS_ENABLE_TRITON"] = "1"  # without it xformers requires a CUDA device before it imports its kernel
@@ -44,7 +45,7 @@ def test_runs_bring_every_query_back_and_show_it_the_keys_up_to_itself(lens):
 @needs_xformers
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("by_head", [False, True], ids=["token-by-token", "head-by-head"])
-@pytest.mark.parametrize("page_size, heads, width", [(16, 4, 1), (32, 2, 8), (48, 4, 16)])
+@pytest.mark.parametrize(("page_size", "heads", "width"), [(16, 4, 1), (32, 2, 8), (48, 4, 16)])
 def test_paged_attention_is_attention(dtype, by_head, page_size, heads, width):
     _compare(dtype, by_head, page_size, heads, width)
 
@@ -54,7 +55,7 @@ def test_paged_attention_is_attention(dtype, by_head, page_size, heads, width):
 @needs_xformers
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("by_head", [False, True], ids=["token-by-token", "head-by-head"])
-@pytest.mark.parametrize("page_size, heads, width, size", [(16, 8, 1, 64), (32, 14, 8, 64), (64, 8, 16, 128)])
+@pytest.mark.parametrize(("page_size", "heads", "width", "size"), [(16, 8, 1, 64), (32, 14, 8, 64), (64, 8, 16, 128)])
 def test_paged_attention_on_a_gpu(dtype, by_head, page_size, heads, width, size):
     with torch.device("cuda"):
         _compare(dtype, by_head, page_size, heads, width, size)
@@ -161,7 +162,9 @@ def test_a_triton_without_block_pointers_is_one_clear_error(monkeypatch):
         xformers_attention.choose(None, "xformers")
 
 
-@pytest.mark.parametrize("chosen, usable, expected", [("FLASHINFER", False, None), ("FLASHINFER", True, "XFORMERS")])
+@pytest.mark.parametrize(
+    ("chosen", "usable", "expected"), [("FLASHINFER", False, None), ("FLASHINFER", True, "XFORMERS")]
+)
 def test_auto_takes_xformers_where_the_backend_cannot(monkeypatch, chosen, usable, expected):
     monkeypatch.setattr(xformers_attention, "_vllms_choice", lambda config: chosen)
     monkeypatch.setattr(xformers_attention, "why_unusable", lambda: None if usable else "missing")

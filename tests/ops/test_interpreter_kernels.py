@@ -17,9 +17,9 @@ from triton.runtime.interpreter import InterpretedFunction, TensorHandle
 
 pytest.importorskip("triton_interpreter_backend", reason="only where kernels run in Triton's interpreter")
 
-from triton_interpreter_backend import plain, vllm_plugin  # noqa: E402
-from vllm.v1.sample.ops import topk_topp_triton  # noqa: E402
-from vllm.v1.worker.gpu.spec_decode import rejection_sampler_utils  # noqa: E402
+from triton_interpreter_backend import plain, vllm_plugin
+from vllm.v1.sample.ops import topk_topp_triton
+from vllm.v1.worker.gpu.spec_decode import rejection_sampler_utils
 
 vllm_plugin.register()
 
@@ -200,7 +200,7 @@ def test_apply_write_to_groups(rng):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("num_reqs, num_rows", [(3, 3), (3, 6), (0, 2)])
+@pytest.mark.parametrize(("num_reqs", "num_rows"), [(3, 3), (3, 6), (0, 2)])
 def test_gather_block_tables(rng, num_reqs, num_rows):
     tables = [ints(rng.integers(1, 99, (MAX_REQS, width))) for width in (16, 48)]
     outputs = [ints(rng.integers(1, 99, (MAX_REQS, width))) for width in (16, 48)]
@@ -213,7 +213,7 @@ def test_gather_block_tables(rng, num_reqs, num_rows):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("cp_size, cp_rank, interleave", [(1, 0, 1), (2, 1, 1), (2, 0, 4)])
+@pytest.mark.parametrize(("cp_size", "cp_rank", "interleave"), [(1, 0, 1), (2, 1, 1), (2, 0, 4)])
 def test_compute_slot_mappings(rng, cp_size, cp_rank, interleave):
     tables = [ints(rng.integers(1, 99, (MAX_REQS, 32))) for _ in range(3)]
     lengths = [4, 1, 3, 0]
@@ -384,7 +384,7 @@ def rows(rng):
 
 
 @pytest.mark.parametrize(
-    "dtype, fp64, drafting, per_token",
+    ("dtype", "fp64", "drafting", "per_token"),
     [
         (torch.float32, False, False, None),
         (torch.float32, False, True, False),
@@ -498,7 +498,7 @@ def test_bincount(rng, drafted):
 
 
 @pytest.mark.parametrize("repetition", [1.0, 1.3, 0.8])
-@pytest.mark.parametrize("frequency, presence", [(0.0, 0.0), (0.4, 0.0), (0.0, -0.7), (0.3, 0.9)])
+@pytest.mark.parametrize(("frequency", "presence"), [(0.0, 0.0), (0.4, 0.0), (0.0, -0.7), (0.3, 0.9)])
 def test_penalties(rng, drafted, repetition, frequency, presence):
     logits, words = logits_of(rng, 5), -(-VOCAB // 32)
     launch_both(
@@ -559,7 +559,7 @@ class LanguageWithTensorRange:
 
 
 @pytest.mark.parametrize(
-    "k, p",
+    ("k", "p"),
     [
         (None, [0.9, 0.5, 0.05, 1.0]),
         ([20, 1, 300, 600], None),
@@ -618,7 +618,7 @@ class Libdevice:
 
 
 @pytest.mark.parametrize(
-    "dtype, vocab, draft_logits, method, fp64",
+    ("dtype", "vocab", "draft_logits", "method", "fp64"),
     [
         (torch.float32, VOCAB, None, "standard", False),
         (torch.float32, VOCAB, torch.float32, "standard", False),

@@ -7,8 +7,8 @@ import pytest
 from tiny_models import DRAFTER, easyspec
 
 from vllm_easyspec.cli import main
-from vllm_easyspec.config import ConfigError
 from vllm_easyspec.drafter.checkpoint import check_files
+from vllm_easyspec.errors import ConfigError
 from vllm_easyspec.support import read_drafter
 
 SHAPE = read_drafter(str(DRAFTER), revision=None)

@@ -16,7 +16,8 @@ from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_easyspec import compat
-from vllm_easyspec.config import ConfigError, RuntimeOptions
+from vllm_easyspec.config import RuntimeOptions
+from vllm_easyspec.errors import ConfigError
 
 OURS = "vllm_easyspec.worker.SpeculativeWorker"
 

@@ -15,7 +15,6 @@ from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 from vllm_easyspec.config import (
     FIELDS_OF_OTHER_METHODS,
     REFUSED_FIELDS,
-    ConfigError,
     EasySpecConfig,
     LayerParallelConfig,
     RuntimeOptions,
@@ -23,6 +22,7 @@ from vllm_easyspec.config import (
     load,
 )
 from vllm_easyspec.drafter.plan import DraftPlan
+from vllm_easyspec.errors import ConfigError
 
 PLAN = {"scope": "block", "plan": "1-4-4-1"}
 

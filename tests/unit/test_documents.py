@@ -4,9 +4,9 @@ import time
 
 import pytest
 
-from vllm_easyspec.config import ConfigError, EasySpecConfig
+from vllm_easyspec.config import EasySpecConfig
 from vllm_easyspec.documents import MOST_BYTES, read_json, read_yaml
-from vllm_easyspec.errors import SHOWN, shown
+from vllm_easyspec.errors import SHOWN, ConfigError, shown
 
 BASE = "method: easyspec\nmodel: org/name\n"
 LAUGHS = "a: &a [x, x]\n" + "\n".join(

@@ -73,7 +73,7 @@ def test_a_hanging_part_is_ended_with_the_processes_it_started(monkeypatch, tmp_
     wait_until_gone(int(pid.read_text()))
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_parts_that_run_and_the_table_still_comes(tmp_path, number, code):
     pids = [tmp_path / "first", tmp_path / "second"]
     program = (

@@ -15,10 +15,11 @@ from vllm import EngineArgs
 from vllm_easyspec import plugin
 from vllm_easyspec.bench import BenchmarkError
 from vllm_easyspec.cli import main
-from vllm_easyspec.config import OPTIONS_KEY, ConfigError, EasySpecConfig, RuntimeOptions
+from vllm_easyspec.config import OPTIONS_KEY, EasySpecConfig, RuntimeOptions
 from vllm_easyspec.drafter.architectures import DrafterShape
 from vllm_easyspec.drafter.placement import LayerPlacement
 from vllm_easyspec.drafter.plan import DraftPlan
+from vllm_easyspec.errors import ConfigError
 from vllm_easyspec.lookahead import LookaheadFile, LookaheadMaps, check_lookahead, drafter_identity, write_maps
 from vllm_easyspec.tune.fit import Moments, PairMoments, _reach, cut, read_texts
 

@@ -10,7 +10,7 @@ from vllm_easyspec.drafter.placement import MlpPlacement
 from vllm_easyspec.drafter.plan import DraftPlan
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import model_ranks as model  # noqa: E402
+import model_ranks as model
 
 # 1 byte a microsecond; the shortest kernel takes 10 us.
 SLOW = model.Hardware(bandwidth=1e6, kernel_us=10, tensor_flops=1e6, link=1e6)

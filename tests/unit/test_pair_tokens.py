@@ -9,7 +9,7 @@ from vllm.plugins import load_general_plugins
 
 from vllm_easyspec import support
 from vllm_easyspec.cli import main
-from vllm_easyspec.config import ConfigError
+from vllm_easyspec.errors import ConfigError
 
 TURNED = {index: (index + 100) % 512 for index in range(512)}  # every id
 FEW = {300: 301, 301: 300, 5: 6, 6: 5}

@@ -26,6 +26,8 @@ IMPORTED_EVERYWHERE = {
     "vllm_easyspec.documents",
     "vllm_easyspec.drafter.plan",
     "vllm_easyspec.errors",
+    "vllm_easyspec.last_words",
+    "vllm_easyspec.drafter.vocabulary",
     "vllm_easyspec.drafter.architectures",
 }
 PATCHED = ("add_cli_args", "create_engine_config", "create_speculative_config")

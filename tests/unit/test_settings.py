@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vllm_easyspec.config import ConfigError
 from vllm_easyspec.drafter.plan import DraftPlan, PlanTable
+from vllm_easyspec.errors import ConfigError
 from vllm_easyspec.lookahead import LookaheadFile
 from vllm_easyspec.metrics import DraftStatistics
 from vllm_easyspec.settings import DraftSettings, LiveSettings

@@ -11,7 +11,7 @@ from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_easyspec import support
-from vllm_easyspec.config import ConfigError
+from vllm_easyspec.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ from vllm import EngineArgs
 
 from vllm_easyspec import plugin
 from vllm_easyspec.cli import main
-from vllm_easyspec.config import OPTIONS_KEY, ConfigError, EasySpecConfig, RuntimeOptions
+from vllm_easyspec.config import OPTIONS_KEY, EasySpecConfig, RuntimeOptions
 from vllm_easyspec.drafter.vocabulary import DraftVocabulary, VocabularyFile, special_ids, tokenizer_hash
+from vllm_easyspec.errors import ConfigError
 from vllm_easyspec.tune.vocabulary import most_used
 
 SIZE = 512  # the tiny pair's

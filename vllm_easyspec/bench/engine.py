@@ -225,7 +225,9 @@ def bind_cpus(ranks: int) -> None:
 
 
 @contextmanager
-def _engine(name: str, model: str, speculative_config: dict[str, Any] | None, arguments: dict[str, Any]) -> Iterator:
+def _engine(
+    name: str, model: str, speculative_config: dict[str, Any] | None, arguments: dict[str, Any]
+) -> Iterator[Any]:
     from vllm import LLM, envs
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -273,7 +275,7 @@ def _measure(llm: Any, name: str, workload: Workload, concurrency: int) -> tuple
 
 
 def _drafted(llm: Any) -> list[int]:
-    """vLLM's own counts since the engine began: rounds of a request in which drafts were tested, then how many of them
+    """VLLM's own counts since the engine began: rounds of a request in which drafts were tested, then how many of them
     were accepted at each position. Zeros for an engine that doesn't speculate."""
     metrics = {metric.name: metric for metric in llm.get_metrics()}
     if "vllm:spec_decode_num_drafts" not in metrics:

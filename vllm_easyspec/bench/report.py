@@ -21,7 +21,7 @@ RESULTS = (":!benchmarks/results", ":!docs/*.svg", ":!configs/tiny-pair-tuned.ya
 PACKAGES = ("vllm-easyspec", "vllm", "torch", "triton", "transformers")
 
 
-def surroundings() -> dict:
+def surroundings() -> dict[str, Any]:
     """Command, commit, versions and hardware of this run."""
     return {
         "command": _command(),

@@ -14,14 +14,14 @@ class StepClock:
     vllm_config: Any
     bench_clock: StageClock
 
-    def bench_attach(self) -> dict:
+    def bench_attach(self) -> dict[str, Any]:
         """Start to time steps; returns how vLLM runs this arm, as it resolved it."""
         runner = self.model_runner
         if runner.speculator is not None:
             self._time_steps(runner)
         return self._resolved(runner)
 
-    def bench_times(self) -> dict:
+    def bench_times(self) -> dict[str, Any]:
         """Median milliseconds of a step since the last call, None where there was none."""
         times = self.bench_clock.medians() if self.model_runner.speculator is not None else {}
         self.bench_clock = StageClock(self.model_runner.device)
@@ -44,7 +44,7 @@ class StepClock:
 
         runner.execute_model, runner.speculator.propose = timed_execute_model, timed_propose
 
-    def _resolved(self, runner: Any) -> dict:
+    def _resolved(self, runner: Any) -> dict[str, Any]:
         config, speculator = self.vllm_config, runner.speculator
         found = {
             "dtype": str(config.model_config.dtype).removeprefix("torch."),

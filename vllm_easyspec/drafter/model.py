@@ -74,6 +74,8 @@ class Attend(Protocol):
 
 
 class LayerParallelDrafter(nn.Module):
+    """One rank's share of the drafter, as vLLM's model loader builds and fills it."""
+
     cos_sin: torch.Tensor  # [positions, rotary dim], as the rotary embedding holds them
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):

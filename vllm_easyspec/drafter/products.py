@@ -88,7 +88,7 @@ def _measure(model: Any) -> list[Measured]:
     return found
 
 
-Call = Callable[[Callable, int], Any]
+Call = Callable[[Callable[..., Any], int], Any]
 
 
 def _calls(model: Any, at_once: int, tokens: int) -> dict[str, tuple[int, Call]]:
@@ -97,13 +97,13 @@ def _calls(model: Any, at_once: int, tokens: int) -> dict[str, tuple[int, Call]]
     x = torch.randn(at_once, tokens, shape.hidden_size, dtype=model.dtype, device=model.wqkv.device)
     mixed = torch.randn(at_once, tokens, shape.q_size, dtype=model.dtype, device=model.wqkv.device)
 
-    def project(way: Callable, first: int) -> Any:
+    def project(way: Callable[..., Any], first: int) -> Any:
         return way(x[0], model.attention_norms, model.wqkv, model.bqkv, first, at_once, eps)
 
-    def among_zeros(way: Callable, first: int) -> Any:
+    def among_zeros(way: Callable[..., Any], first: int) -> Any:
         return way(mixed, model.wo, model.bo, first, at_once, 0, 1)
 
-    def mlps(way: Callable, first: int) -> Any:
+    def mlps(way: Callable[..., Any], first: int) -> Any:
         return way(x, model.mlp_norms, model.w_gate_up, model.b_gate_up, model.w_down, x[0], first, eps)
 
     local, all_layers = model.wqkv.shape[0], model.w_down.shape[0]
@@ -119,7 +119,7 @@ def _agree(own: torch.Tensor, reference: torch.Tensor) -> bool:
     return bool(difference <= LARGEST_DIFFERENCE * reference.float().abs().max())
 
 
-def _microseconds(call: Call, way: Callable, firsts: range) -> float:
+def _microseconds(call: Call, way: Callable[..., Any], firsts: range) -> float:
     """On the device, of the calls from each of `firsts` on, replayed from a CUDA graph; the median."""
 
     def run() -> None:

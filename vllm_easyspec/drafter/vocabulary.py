@@ -34,6 +34,8 @@ def special_ids(tokenizer: Any) -> set[int]:
 
 @dataclass(frozen=True)
 class DraftVocabulary:
+    """The tokens that may be drafted."""
+
     ids: tuple[int, ...]  # that may be drafted, ascending: of equal logits the lowest id wins, as among all tokens
     size: int  # ids of the whole vocabulary
 
@@ -107,7 +109,7 @@ class VocabularyFile(BaseModel):
                 f"draft_vocabulary={path!r} was counted with another tokenizer than the drafter's. Count with this "
                 "one: vllm-easyspec fit --vocabulary N --drafter DRAFTER"
             )
-        if self.ids[-1] >= vocab_size or tokenizer is None and self.vocab_size != vocab_size:
+        if self.ids[-1] >= vocab_size or (tokenizer is None and self.vocab_size != vocab_size):
             raise ConfigError(
                 f"draft_vocabulary={path!r} is of a drafter with vocab_size={self.vocab_size}, and this one has "
                 f"{vocab_size}. {REMEDY} for this drafter"

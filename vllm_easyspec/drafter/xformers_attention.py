@@ -21,7 +21,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend, TritonAttentionImpl
 from vllm.v1.attention.selector import get_attn_backend
 
-from vllm_easyspec.config import ConfigError, GroupedAttention
+from vllm_easyspec.config import GroupedAttention
+from vllm_easyspec.errors import ConfigError
 from vllm_easyspec.support import ATTENTION_BACKEND, ATTENTION_BACKENDS
 from vllm_easyspec.support import XFORMERS as NAME
 from vllm_easyspec.support import why_no_xformers as why_unusable
@@ -180,6 +181,8 @@ def _power_of_two(number: int) -> int:
 
 @dataclass(frozen=True)
 class XFormersMetadata:
+    """What a pass's attention calls share."""
+
     query_starts: np.ndarray  # [sequences + 1]
     longest: int  # upper bound of queries per sequence
     seq_lens: torch.Tensor  # [sequences] int32; read by each call, so that new lengths are seen
@@ -192,6 +195,8 @@ class XFormersMetadata:
 
 
 class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
+    """Builds a pass's metadata from vLLM's common one."""
+
     # vLLM reads this for the target's graphs, which don't contain these layers: less would disable them. The drafter's
     # own graphs can't contain `Runs`, which are copied from the host; `open_graphs` asks `is_chosen`.
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
@@ -216,7 +221,7 @@ class XFormersMetadataBuilder(AttentionMetadataBuilder[XFormersMetadata]):
 class XFormersImpl(TritonAttentionImpl):
     """The Triton backend's implementation with xformers' attention."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         layer: torch.nn.Module,
         query: torch.Tensor,
@@ -254,7 +259,7 @@ def paged_attention(
     width: int,
     scale: float,
 ) -> torch.Tensor:
-    """xformers' causal attention of the last `width` positions of each sequence. Returns a tensor of query's shape.
+    """Xformers' causal attention of the last `width` positions of each sequence. Returns a tensor of query's shape.
 
     query: `[sequences * width, heads, head_size]`; keys, values: `[pages, kv_heads, page_size, head_size]`;
     block_table: `[sequences, pages per sequence] int32`; seq_lens: `[sequences] int32`, at least 1.
@@ -306,7 +311,7 @@ def _rows(pages: torch.Tensor, queries_per_head: int) -> tuple[torch.Tensor, int
 
 @cache
 def _operator(page_size: int) -> Any:
-    """xformers' operator with a tile of keys whose size divides the page's."""
+    """Xformers' operator with a tile of keys whose size divides the page's."""
     from xformers.ops.fmha.triton_splitk import FwOp
 
     tile = min(FwOp.BLOCK_N, page_size & -page_size)

@@ -11,8 +11,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm_easyspec import plugin
 from vllm_easyspec.bench.prompts import read_prompts
 from vllm_easyspec.bench.report import check_writable, machine, surroundings, write, write_text
-from vllm_easyspec.config import ConfigError
 from vllm_easyspec.drafter.plan import DraftPlan
+from vllm_easyspec.errors import ConfigError
 from vllm_easyspec.metrics import plan_json
 from vllm_easyspec.tune.planner import Point
 from vllm_easyspec.tune.report import html_report

@@ -21,7 +21,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from vllm_easyspec.compat import scheduled_drafts
-from vllm_easyspec.config import ConfigError
+from vllm_easyspec.errors import ConfigError
 from vllm_easyspec.tune.planner import Point
 
 MULTIPROCESSING = "VLLM_ENABLE_V1_MULTIPROCESSING"
@@ -117,7 +117,7 @@ class Engine:
 
     def _add(self, prompt: Prompt, params: SamplingParams) -> str:
         name = str(next(self.names))
-        self.llm.add_request(name, prompt, params)  # type: ignore[arg-type]
+        self.llm.add_request(name, prompt, params)
         self.generated[name] = 0
         return name
 

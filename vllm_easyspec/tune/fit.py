@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed import all_gather_object
@@ -25,9 +25,9 @@ from vllm.distributed import get_tp_group
 
 from vllm_easyspec.bench import BenchmarkError
 from vllm_easyspec.bench.prompts import json_lines, read_text
-from vllm_easyspec.config import ConfigError
 from vllm_easyspec.drafter.plan import SCOPES, DraftPlan
 from vllm_easyspec.engineless import EnginelessDrafter
+from vllm_easyspec.errors import ConfigError
 from vllm_easyspec.lookahead import (
     KINDS,
     PARTS,
@@ -50,6 +50,8 @@ NEARLY_BEST = 0.035
 TEXT_FORMS = 'Allowed are "...", {"text": "..."} and {"prompt": "..."}'
 
 Pair = tuple[int, int]  # group start, later layer
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,7 @@ def _by_request(passes: list[torch.Tensor], requests: int) -> torch.Tensor:
 
 @contextmanager
 def seeing(drafter: EnginelessDrafter) -> Iterator[Seen]:
+    """Collect what the drafter's passes show within the block."""
     seen = Seen()
     drafter.model.observer = seen.add
     try:
@@ -257,7 +260,7 @@ class Fit:
     # ---- reading ----
 
     def _read(self, tokens: torch.Tensor, *arguments: Any) -> torch.Tensor:
-        """tokens `[requests, tokens]` of all requests in one pass: final hidden states `[requests, tokens, hidden]`."""
+        """Tokens `[requests, tokens]` of all requests in one pass: final hidden states `[requests, tokens, hidden]`."""
         return self.drafter.read(tokens.tolist(), *arguments).unflatten(0, tuple(tokens.shape))
 
     def _next(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -394,7 +397,7 @@ class Fit:
         self, moments: dict[Pair, PairMoments], solved: dict[tuple[str, Pair], tuple[torch.Tensor, ...]]
     ) -> dict[str, float]:
         """Held-out R2 of every map, `attention.g.i` and `mlp.g.i`."""
-        mine = {(kind, pair): moments[pair].of_kind(kind)[1].r2(*maps) for (kind, pair), maps in solved.items()}  # type: ignore[arg-type]
+        mine = {(kind, pair): moments[pair].of_kind(kind)[1].r2(*maps) for (kind, pair), maps in solved.items()}
         everyones = _gathered(mine)
         return {f"{kind}.{g}.{i}": round(everyones[kind, (g, i)], 4) for kind in KINDS for g, i in self.pairs}
 
@@ -416,6 +419,8 @@ class Fit:
 
 @dataclass(frozen=True)
 class Round:
+    """What one round of drafting showed, beside a precise pass over the same drafts."""
+
     previous: torch.Tensor  # [requests, K - 1, hidden], final hidden states that the fuzzy steps went on from
     drafting: Seen
     precise: Seen
@@ -434,10 +439,10 @@ def _reach(plans: Sequence[DraftPlan], layers: int, longest_group: int) -> dict[
     return {start: last for start, last in sorted(reach.items()) if last > start}
 
 
-def _gathered(mine: dict) -> dict:
+def _gathered(mine: dict[K, V]) -> dict[K, V]:
     """All ranks' entries in one dict."""
     group = get_tp_group()
-    parts: list[dict] = [{}] * group.world_size
+    parts: list[dict[K, V]] = [{}] * group.world_size
     all_gather_object(parts, mine, group=group.cpu_group)
     return {key: value for part in parts for key, value in part.items()}
 
@@ -485,7 +490,9 @@ def _tokenized(drafter: str, texts: Iterable[str]) -> Iterator[list[int]]:
     return (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
 
 
-def _fit_rank(path: str, batches: list[list[list[int]]], settings: FitSettings) -> tuple[dict, dict]:
+def _fit_rank(
+    path: str, batches: list[list[list[int]]], settings: FitSettings
+) -> tuple[dict[str, Any], dict[str, Any]]:
     drafter = EnginelessDrafter(path, dtype=settings.dtype, max_num_reqs=BATCH, max_len=settings.length + 32)
     passes = len(batches) * (2 if settings.plans else 1) + 1
     first = drafter.model.rank == 0

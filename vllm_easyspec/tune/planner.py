@@ -7,6 +7,7 @@ tokens per request. Acceptance is measured at the largest K, where stretches tha
 so weigh little; at a smaller K they weigh more, which one plan's real tokens per round there correct for all.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -48,6 +49,7 @@ class StageTimes:
 
 
 def plan_cost(plan: DraftPlan, costs: GroupCosts) -> float:
+    """What a plan loses: the sum of its groups' costs."""
     return sum(costs[group.start, len(group)] for group in plan.groups if len(group) > 1)
 
 
@@ -141,9 +143,7 @@ def ranges(chosen: Mapping[int, Point]) -> list[Range]:
     """Batch sizes between two measured ones take the larger one's choice, larger ones than all the last one's."""
     ascending = sorted(chosen.items())
     merged = [
-        Range(size, point)
-        for (size, point), (_, following) in zip(ascending, ascending[1:], strict=False)
-        if point != following
+        Range(size, point) for (size, point), (_, following) in itertools.pairwise(ascending) if point != following
     ]
     return [*merged, Range(None, ascending[-1][1])]
 

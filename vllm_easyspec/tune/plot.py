@@ -1,7 +1,7 @@
 """Scatter plots and stacked bars as inline SVG, whose marks tell what they are under the pointer."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -22,6 +22,8 @@ class Mark:
 
 @dataclass(frozen=True)
 class Series:
+    """Marks of one name and colour."""
+
     name: str
     colour: str
     marks: Sequence[Mark]
@@ -97,6 +99,7 @@ def bars(title: str, x_label: str, rows: Sequence[Bar]) -> str:
 
 
 def legend(entries: Sequence[tuple[str, str]]) -> str:
+    """A line of names, each with its colour, as HTML."""
     keys = (f'<span><i style="background:{colour}"></i>{escape(name)}</span>' for name, colour in entries)
     return f'<div class="legend">{"".join(keys)}</div>'
 
@@ -110,7 +113,7 @@ def _text(x: float, y: float, text: str, kind: str, anchor: str) -> str:
     return f'<text class="{kind}" x="{x}" y="{y}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _scale(low: float, high: float, begin: float, end: float):
+def _scale(low: float, high: float, begin: float, end: float) -> Callable[[float], float]:
     return lambda value: round(begin + (value - low) / (high - low) * (end - begin), 2)
 
 

@@ -13,6 +13,8 @@ SHARES = {"start": 8, "score": 7, "acceptance": 20, "times": 20, "confirm": 15, 
 
 
 class Progress:
+    """The progress bar of a run, and how its time budget is shared out."""
+
     def __init__(self, seconds: float | None):
         """seconds: the time budget from now on, None where there is none."""
         self.began = time.monotonic()

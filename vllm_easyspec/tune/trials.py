@@ -45,6 +45,8 @@ class Confirmed:
 
 
 class Trials:
+    """The requests that every point is measured on."""
+
     def __init__(self, prompts: Sequence[Prompt], largest: int, max_drafts: int, tokens: int, temperature: float = 0.0):
         """largest: batch size; max_drafts: K; tokens: that each request of a trial writes."""
         self.prompts = prompts

@@ -28,9 +28,10 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_easyspec import support
 from vllm_easyspec.bench.engine import bind_cpus
-from vllm_easyspec.config import ConfigError, EasySpecConfig, load
+from vllm_easyspec.config import EasySpecConfig, load
 from vllm_easyspec.drafter.plan import SCOPES, DraftPlan
 from vllm_easyspec.drafter.vocabulary import DraftVocabulary
+from vllm_easyspec.errors import ConfigError
 from vllm_easyspec.tune.engine import WARM_ROUNDS, Engine, Prompt, TunedEngine, Window, changed, running
 from vllm_easyspec.tune.planner import (
     Point,
@@ -58,6 +59,8 @@ ARMS = {"draft_model": "vLLM's draft_model", "none": "no speculation"}
 
 @dataclass(frozen=True)
 class Settings:
+    """What `vllm-easyspec tune` is asked to do."""
+
     config: Path
     prompts: list[Prompt]
     batch_sizes: list[int]  # ascending
@@ -147,6 +150,8 @@ class Findings:
 
 
 class Tuner:
+    """Runs the phases on real engines."""
+
     def __init__(self, engine_args: EngineArgs, settings: Settings):
         """engine_args: the target and whatever else vLLM is to be told, without a speculative configuration.
 

@@ -20,7 +20,6 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm_easyspec.bench import BenchmarkError
 from vllm_easyspec.bench.engine import bind_cpus
 from vllm_easyspec.bench.prompts import read_prompts
-from vllm_easyspec.config import ConfigError
 from vllm_easyspec.drafter.vocabulary import (
     DraftVocabulary,
     VocabularyFile,
@@ -28,6 +27,7 @@ from vllm_easyspec.drafter.vocabulary import (
     special_ids,
     tokenizer_hash,
 )
+from vllm_easyspec.errors import ConfigError
 from vllm_easyspec.support import read_drafter, read_tokenizer
 from vllm_easyspec.tune.engine import Engine, running
 from vllm_easyspec.tune.fit import read_texts
