@@ -270,7 +270,7 @@ def _add_tune(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     tune.add_argument(
         "-o", dest="out", metavar="YAML", type=Path, required=True, help="write the tuned configuration here"
     )
-    tune.add_argument("--report", metavar="HTML", type=Path, help="write a report with plots here")
+    tune.add_argument("--report", metavar="HTML", type=Path, help="write a report with plots here (needs matplotlib)")
     tune.add_argument("--json", metavar="FILE", type=Path, help="keep all that was measured here")
     tune.add_argument("--batch-sizes", metavar="B,...", type=_integers(","), default=[1, 2, 4, 8, 16])
     tune.add_argument("--time-budget", metavar="SECONDS", type=float, help="for all, engine starts included")

@@ -33,6 +33,13 @@ def browse(page: Path, *flags: str) -> tuple[str, list[str]]:
     return done.stdout, [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
 
 
+def assert_whole(page: str) -> None:
+    """It has its plots, and refers to nothing outside."""
+    assert page.count("<svg") == 3, "plans, stages of a round, engines"
+    assert page.count("<use ") > (1 + len(SIZES)) * len(PLANS)
+    assert "<script" not in page and not re.search(r"(src|href)=\"[^#]|url\([^#]|@import", page)
+
+
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on the path")
 class TestInABrowser:
     def test_report(self, tmp_path):
@@ -40,9 +47,7 @@ class TestInABrowser:
         page.write_text(html_report(findings(), ABOUT, "method: easyspec\n"))
         built, console = browse(page)
         assert console == []
-        assert built.count("<svg") == 1 + len(SIZES) + 2
-        assert built.count("<circle") > (1 + len(SIZES)) * len(PLANS)
-        assert "<script" not in built and not re.search(r"(src|href)=|url\(|@import", built)
+        assert_whole(built)
 
     def test_a_page_that_fetches_and_fails_is_told_apart(self, tmp_path):
         """The check above can fail: failing scripts and forbidden images appear on the console."""
@@ -51,6 +56,10 @@ class TestInABrowser:
         assert "nothing is not defined" in browse(page)[1][0]
         page.write_text(html_report(findings(), ABOUT, "").replace("</body>", '<img src="picture.png"></body>'))
         assert "Content Security Policy" in browse(page)[1][0]
+
+
+def test_it_draws_and_refers_to_nothing_outside():
+    assert_whole(html_report(findings(), ABOUT, "method: easyspec\n"))
 
 
 def test_text_is_escaped():

@@ -1,5 +1,6 @@
 """Plots of a benchmark's rows, as SVG, PNG or whatever matplotlib knows by the file's ending."""
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,15 +25,24 @@ def check(path: Path | None) -> None:
     """Raise `BenchmarkError` before anything is measured where the plot can't be drawn."""
     if path is None:
         return
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise BenchmarkError(
-            f"--plot {path} needs matplotlib ({error}). Install vllm-easyspec[bench], or leave --plot out"
-        ) from error
+    require_matplotlib("--plot", path)
+    from matplotlib.figure import Figure
+
     known = sorted(Figure().canvas.get_supported_filetypes())
     if path.suffix.removeprefix(".") not in known:
         raise BenchmarkError(f"--plot {path} has the ending {path.suffix!r}. Allowed are {', '.join(known)}")
+
+
+def require_matplotlib(option: str, path: Path | None) -> None:
+    """Raise `BenchmarkError` where `option` names a file that needs matplotlib, and it isn't installed."""
+    if path is None:
+        return
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise BenchmarkError(
+            f"{option} {path} needs matplotlib ({error}). Install vllm-easyspec[bench], or leave {option} out"
+        ) from error
 
 
 def engine(rows: list[dict[str, Any]], path: Path) -> None:
@@ -42,7 +52,7 @@ def engine(rows: list[dict[str, Any]], path: Path) -> None:
         "TPOT, ms (median)": lambda row: row["tpot_ms"]["median"] or 0,
     }
     ticks = sorted({row["concurrency"] for row in rows})
-    with _figure(path, columns=len(panels)) as columns:
+    with _file(path, columns=len(panels)) as columns:
         for axes, (label, value) in zip(columns, panels.items(), strict=True):
             for arm in dict.fromkeys(row["arm"] for row in rows):
                 own = [row for row in rows if row["arm"] == arm]
@@ -59,7 +69,7 @@ def draft_step(rows: list[dict[str, Any]], path: Path) -> None:
     plans = list(dict.fromkeys(_plan(row) for row in rows))
     series = list(dict.fromkeys((row["batch"], row["context"]) for row in rows))
     width = 0.8 / len(series)
-    with _figure(path, columns=1) as (axes,):
+    with _file(path, columns=1) as (axes,):
         for index, (batch, context) in enumerate(series):
             own = [row for row in rows if (row["batch"], row["context"]) == (batch, context)]
             places = [plans.index(_plan(row)) + (index - (len(series) - 1) / 2) * width for row in own]
@@ -77,16 +87,43 @@ def _plan(row: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _figure(path: Path, columns: int) -> Iterator[Any]:
-    """Axes to draw on; at the end the legend is set above them and the file written."""
+def _file(path: Path, columns: int) -> Iterator[Any]:
+    """Axes to draw on; at the end the figure is written to `path`."""
+    with _figure(columns=columns) as (figure, axes):
+        yield axes
+        _legend(figure, axes)
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+@contextmanager
+def embedded(parts: list[str], panels: int, columns: int, height: float = 3.2) -> Iterator[Any]:
+    """Axes to draw on; at the end the figure, with a legend of what is named in any of them, is added to `parts` as an
+    `<svg>` element. height: of a row of panels, in inches.
+    """
+    with _figure(-(-panels // columns), columns, height) as (figure, axes):
+        yield axes[:panels]
+        for unused in axes[panels:]:
+            unused.remove()
+        _legend(figure, axes[:panels])
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+        parts.append(text.getvalue()[text.getvalue().index("<svg") :])
+
+
+@contextmanager
+def _figure(rows: int = 1, columns: int = 1, height: float = 3.2) -> Iterator[tuple[Any, Any]]:
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(SETTINGS):
-        figure = Figure(figsize=(8, 3.2), layout="constrained")
-        axes = figure.subplots(1, columns, squeeze=False)[0]
-        yield axes
-        series = axes[0].get_legend_handles_labels()
-        figure.legend(*series, loc="outside upper center", ncols=len(series[0]))
-        metadata = {"Date": None} if path.suffix == ".svg" else None
-        figure.savefig(path, metadata=metadata)
+        figure = Figure(figsize=(8, height * rows), layout="constrained")
+        yield figure, figure.subplots(rows, columns, squeeze=False).flatten()
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    """Set it above the axes; each name once."""
+    found: dict[str, Any] = {}
+    for one in axes:
+        handles, names = one.get_legend_handles_labels()
+        found |= dict(zip(names, handles, strict=True))
+    figure.legend(found.values(), found.keys(), loc="outside upper center", ncols=len(found))

@@ -9,6 +9,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_easyspec import plugin
+from vllm_easyspec.bench.plot import require_matplotlib
 from vllm_easyspec.bench.prompts import read_prompts
 from vllm_easyspec.bench.report import check_writable, machine, surroundings, write, write_text
 from vllm_easyspec.drafter.plan import DraftPlan
@@ -29,6 +30,7 @@ def run(args: argparse.Namespace) -> str:
     out = args.out
     for path in (out, args.report, args.json):
         check_writable(path)
+    require_matplotlib("--report", args.report)
     if out.resolve() == args.config.resolve():
         raise ConfigError(f"-o {out} is the untuned configuration itself, with which the tuned one is compared")
     engine_args = _engine_args(args.model, args.tensor_parallel_size, args.engine_arguments)

@@ -1,13 +1,13 @@
 """The report of a tuning run: one HTML file without scripts, styles or pictures from elsewhere."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from vllm_easyspec.bench import plot
 from vllm_easyspec.bench.report import machine
 from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.tune.planner import tokens_a_round
-from vllm_easyspec.tune.plot import Bar, Mark, Series, bars, scatter
 from vllm_easyspec.tune.tuner import Findings
 
 SCOPE_COLOURS = {"precise": "#555555", "attention": "#2f6db3", "block": "#d97a1f"}
@@ -21,11 +21,7 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; margin: .6rem 0; font-size: 14px; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child, td.text, th.text { text-align: left; }
-.plots { display: flex; flex-wrap: wrap; gap: 1rem; } .plots > div { max-width: 100%; overflow-x: auto; }
-.legend span { margin-right: 1.1rem; font-size: 13px; } .legend { padding-left: 62px; }
-.legend i { display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin-right: .35rem; }
-.grid { stroke: #e4e4e4; } .tick { font-size: 12px; fill: #444; } .label { font-size: 13px; fill: #222; }
-.title { font-size: 14px; font-weight: 600; } .note { background: #fff6e0; padding: .5rem .8rem; }
+.note { background: #fff6e0; padding: .5rem .8rem; } svg { max-width: 100%; height: auto; }
 pre { background: #f5f5f5; padding: .8rem; white-space: pre-wrap; font-size: 13px; }
 """
 
@@ -35,10 +31,14 @@ def html_report(found: Findings, run: dict[str, Any], tuned: str) -> str:
     parts = [f"<h1>easyspec tuning: {escape(run['target'])}, drafter {escape(run['drafter'])}</h1>", _about(run)]
     parts += [f'<p class="note">Not finished: {escape("; ".join(found.unfinished))}.</p>' for _ in found.unfinished[:1]]
     parts += ["<h2>Chosen</h2>", _chosen_table(found), _how_measured(found)]
-    parts += ["<h2>Plans tried</h2>", '<div class="plots">', *(f"<div>{plot}</div>" for plot in _plan_plots(found))]
-    parts += ["</div>", _plans_table(found), "<h2>Time of a round</h2>", _split(found)]
+    parts.append("<h2>Plans tried</h2>")
+    _draw_plans(found, parts)
+    parts += [_plans_table(found), "<h2>Time of a round</h2>"]
+    _draw_split(found, parts)
     if found.baselines:
-        parts += ["<h2>Compared with</h2>", _arms_plot(found), _arms_table(found)]
+        parts.append("<h2>Compared with</h2>")
+        _draw_arms(found, parts)
+        parts.append(_arms_table(found))
         parts += [f'<p class="note">Mind: {escape(warning)}.</p>' for warning in found.warnings()]
     parts += ["<h2>The configuration</h2>", f"<pre>{escape(tuned)}</pre>"]
     body = "\n".join(parts)
@@ -95,42 +95,45 @@ def _chosen_table(found: Findings) -> str:
     return _table(head, rows, text=(1, 3))
 
 
-def _family(plan: DraftPlan) -> str:
-    return "precise" if plan.is_precise else plan.scope
-
-
-def _by_family(found: Findings, marks: dict[DraftPlan, Mark]) -> list[Series]:
-    return [
-        Series(name, colour, [mark for plan, mark in marks.items() if _family(plan) == name])
-        for name, colour in SCOPE_COLOURS.items()
-        if any(_family(plan) == name for plan in marks)
-    ]
-
-
-def _plan_plots(found: Findings) -> Iterable[str]:
+def _draw_plans(found: Findings, parts: list[str]) -> None:
+    """Acceptance, then tokens per second of each batch size, against the sequential steps of each plan."""
     chosen = found.chosen()
-    plans = {point.plan for point in chosen.values() if point.num_drafts}
-    untuned = {point.plan for point in found.untuned.values()}
     max_drafts = max(len(acceptance) for acceptance in found.acceptance.values())
     means = {plan: sum(acceptance) / max_drafts for plan, acceptance in found.acceptance.items()}
-    marks = {plan: _mark(plan, mean, f"{mean:.3f}", plan in plans, plan in untuned) for plan, mean in means.items()}
-    title = f"Acceptance, mean of positions 1 to {max_drafts}"
-    yield scatter(title, "sequential steps of a fuzzy step", "acceptance", _by_family(found, marks))
-    for size in found.times:
-        best: dict[DraftPlan, tuple[float, int]] = {}
-        for point, rate in found.predicted(size).items():
-            if point.num_drafts:
-                best[point.plan] = max(best.get(point.plan, (0.0, 0)), (rate, point.num_drafts))
-        marks = {
-            plan: _mark(plan, rate, f"K={k}, {rate:.1f} tokens/s", plan == chosen[size].plan, plan in untuned)
-            for plan, (rate, k) in best.items()
-        }
-        title = f"Tokens per second, batch size {size}"
-        yield scatter(title, "sequential steps of a fuzzy step", "tokens per second", _by_family(found, marks))
+    used = {point.plan for point in chosen.values() if point.num_drafts}
+    with plot.embedded(parts, 1 + len(found.times), columns=2) as (acceptance, *rates):
+        title = f"Acceptance, mean of positions 1 to {max_drafts}"
+        _scatter(acceptance, title, means, used, {point.plan for point in found.untuned.values()})
+        for axes, size in zip(rates, found.times, strict=True):
+            best: dict[DraftPlan, float] = {}
+            for point, rate in found.predicted(size).items():
+                if point.num_drafts:
+                    best[point.plan] = max(best.get(point.plan, 0.0), rate)
+            title = f"Tokens per second, batch size {size}"
+            _scatter(axes, title, best, {chosen[size].plan}, {found.untuned[size].plan})
 
 
-def _mark(plan: DraftPlan, y: float, figures: str, chosen: bool, untuned: bool) -> Mark:
-    return Mark(plan.sequential_steps, y, f"{plan}: {figures}", chosen, "untuned" if untuned else "")
+def _scatter(
+    axes: Any, title: str, values: dict[DraftPlan, float], chosen: set[DraftPlan], untuned: set[DraftPlan]
+) -> None:
+    for family, colour in SCOPE_COLOURS.items():
+        marks = [plan for plan in values if _family(plan) == family]
+        if marks:
+            steps = [plan.sequential_steps for plan in marks]
+            axes.scatter(steps, [values[plan] for plan in marks], color=colour, label=family, zorder=2)
+    for plan, value in values.items():
+        place = plan.sequential_steps, value
+        if plan in chosen:
+            axes.plot(*place, "o", markersize=12, markerfacecolor="none", markeredgecolor="black")
+        if plan in untuned:
+            axes.annotate("untuned", place, xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8)
+    axes.margins(y=0.15)  # room for a note above the highest
+    axes.set_title(title, fontsize=9, loc="left")
+    axes.set_xlabel("sequential steps of a fuzzy step")
+
+
+def _family(plan: DraftPlan) -> str:
+    return "precise" if plan.is_precise else plan.scope
 
 
 def _plans_table(found: Findings) -> str:
@@ -150,30 +153,37 @@ def _plans_table(found: Findings) -> str:
     return f"<details><summary>All plans</summary>{_table(head, rows, text=(3,))}</details>"
 
 
-def _split(found: Findings) -> str:
-    rows = []
+def _draw_split(found: Findings, parts: list[str]) -> None:
+    """The stages of a round at each batch size, untuned and chosen, where they were confirmed."""
+    rows = {}
     for size, point in found.chosen().items():
         for name, one in (("untuned", found.untuned[size]), ("chosen", point)):
-            seen = found.confirmed.get(size, {}).get(one)
-            if seen is not None:
-                stages = [(stage, STAGE_COLOURS[stage], took) for stage, took in seen.stage_ms.items()]
+            if (seen := found.confirmed.get(size, {}).get(one)) is not None:
                 outside = max(0.0, seen.wall_ms - sum(seen.stage_ms.values()))
-                stages.append(("outside the stages", STAGE_COLOURS["outside"], outside))
-                rows.append(Bar(f"batch {size}, {name} (K={one.num_drafts})", stages))
-    return bars("Stages of a round, medians", "milliseconds", rows) if rows else "<p>Not measured.</p>"
+                rows[f"batch {size}, {name} (K={one.num_drafts})"] = seen.stage_ms | {"outside": outside}
+    if not rows:
+        parts.append("<p>Not measured.</p>")
+        return
+    with plot.embedded(parts, 1, columns=1, height=1 + 0.25 * len(rows)) as (axes,):
+        begin = [0.0] * len(rows)
+        for stage, colour in STAGE_COLOURS.items():
+            took = [stages[stage] for stages in rows.values()]
+            label = "outside the stages" if stage == "outside" else stage
+            axes.barh(list(rows), took, left=begin, color=colour, label=label)
+            begin = [sum(both) for both in zip(begin, took, strict=True)]
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("milliseconds, medians")
 
 
-def _arms_plot(found: Findings) -> str:
-    series = [
-        Series(
-            name,
-            ARM_COLOURS[name],
-            [Mark(size, rate, f"{name}, batch {size}: {rate:.1f}") for size, rate in rates.items()],
-            line=True,
-        )
-        for name, rates in found.baselines.items()
-    ]
-    return scatter("Engines in turn, wall-clock", "batch size", "tokens per second", series, from_zero=True)
+def _draw_arms(found: Findings, parts: list[str]) -> None:
+    with plot.embedded(parts, 1, columns=1) as (axes,):
+        for name, rates in found.baselines.items():
+            axes.plot(list(rates), list(rates.values()), marker="o", color=ARM_COLOURS[name], label=name)
+        axes.set_ylim(bottom=0)
+        axes.set_title("Engines in turn, wall-clock", fontsize=9, loc="left")
+        axes.set_xlabel("batch size")
+        axes.set_ylabel("tokens per second")
 
 
 def _arms_table(found: Findings) -> str:
