@@ -1,9 +1,9 @@
-"""Builds the native operators (csrc/) where a compiler and torch are there; the rest is in pyproject.toml.
+"""Builds the native operators (csrc/) if there are a compiler and torch; everything else is in pyproject.toml.
 
-Without them the package works all the same, on plain torch, and says so once when it is used. Of the environment:
+Without them the package works too, on plain torch, and says so once when it is used. Environment variables:
 
-    CUDA_HOME, CUDA_PATH      where CUDA's compiler is, if not the first on PATH
-    EASYSPEC_NVCC_ARCH        its -arch, by default all-major; native compiles for this machine's GPU alone, and sooner
+    CUDA_HOME, CUDA_PATH      the CUDA toolkit, if its compiler is not the first on PATH
+    EASYSPEC_NVCC_ARCH        its -arch, by default all-major; native compiles only for this machine's GPU, and faster
     EASYSPEC_NATIVE=required  a build without the operators fails
 """
 
@@ -20,17 +20,17 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 SOURCES = Path("csrc")
-TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11, the oldest torch that the build serves
+TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11, the oldest supported torch
 
 
 def torch_folder() -> Path | None:
-    """Where torch is installed, also seen from pip's isolated build, which hides the environment's packages."""
+    """The folder of torch, also in pip's isolated build, which hides the environment's packages."""
     spec = PathFinder.find_spec("torch", [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
 class BuildNative(build_ext):
-    """One command of one compiler: nvcc where CUDA's kernels can be built too, else the C++ compiler."""
+    """Compiles with one command: nvcc if CUDA kernels can be built, else the C++ compiler."""
 
     def build_extension(self, ext: Extension) -> None:
         torch = torch_folder()
@@ -53,9 +53,9 @@ class BuildNative(build_ext):
 
 
 def nvcc(torch: Path | None) -> str | None:
-    """CUDA's compiler; None where CUDA's kernels can't be built.
+    """CUDA's compiler; None if CUDA kernels can't be built.
 
-    It is looked for as torch's own extensions look for it: in the toolkit that the environment names, then on PATH.
+    It is searched like torch's own extensions do: in the toolkit that the environment names, then on PATH.
     """
     if torch is None or not (torch / "lib" / "libtorch_cuda.so").exists():
         return None
@@ -65,13 +65,13 @@ def nvcc(torch: Path | None) -> str | None:
 
 
 def native(name: str, *flags: str) -> Extension:
-    # Optional: setuptools reports a failed build and goes on without. The limited API: it uses nothing of Python's.
+    # Optional: setuptools reports a failed build and continues. Limited API: it uses nothing of Python's API.
     optional = os.environ.get("EASYSPEC_NATIVE") != "required"
     sources = [str(path) for path in sorted(SOURCES.iterdir())]
     return Extension(name, [], depends=sources, extra_compile_args=list(flags), optional=optional, py_limited_api=True)
 
 
-# ops.py chooses by what the processor has. Few CPU kernels matter beside CUDA's, so there one build is enough.
+# ops.py chooses by processor. With CUDA few CPU kernels matter, so one build is enough.
 if platform.machine() == "x86_64":
     extensions = [native("vllm_easyspec._native", "-march=x86-64-v3")]
     if nvcc(torch_folder()) is None:

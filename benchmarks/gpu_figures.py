@@ -1,14 +1,15 @@
-"""The figures of `tools/gpu_check.py`: drafting against vLLM's draft_model, and whole engines, at published shapes.
+"""The measurements of `tools/gpu_check.py`: drafting against vLLM's draft_model, and whole engines, at published
+shapes.
 
-Weights are dummies, so acceptance is vLLM's synthetic one and only times count. `stages DRAFTER ARM`: a target of two
-layers, so that drafting dominates; the drafting stage, which is what `propose` takes on the device, of vLLM's
-`draft_model` or of easyspec under three plans in turn, both by the same clock. `engine ARM`: a target of Qwen2.5 32B's
-shape with a drafter of Qwen2.5 0.5B's shape, K=5, a synthetic acceptance length of 4. The target gets the drafter's
-vocabulary of 151,936 (its own has 128 rows more), since vLLM refuses draft_model otherwise.
+Weights are dummies, so acceptance is vLLM's synthetic one and only times count. `stages DRAFTER ARM`: with a target of
+two layers, so that drafting dominates, the device time of `propose`, of vLLM's `draft_model` or of easyspec under three
+plans in turn, measured by the same code. `engine ARM`: a target of Qwen2.5 32B's shape with a drafter of Qwen2.5 0.5B's
+shape, K = 5, a synthetic acceptance length of 4. The target gets the drafter's vocabulary of 151,936 (its own has 128
+tokens more), because vLLM otherwise refuses draft_model.
 
-A plan is swapped in a running engine, then its CUDA graphs are captured. If rounds drafted eagerly all the same, though
-there are graphs, the exit code is 1 in the end; the figures are kept. With `--turn FILE` an engine that has started
-makes FILE.ready and measures once FILE.go is there, so that several may start side by side.
+Plans are changed in a running engine, then their CUDA graphs are captured. If rounds drafted eagerly although there are
+graphs, the exit code is 1 at the end; the results are kept. With `--turn FILE` an engine that has started creates
+FILE.ready and measures once FILE.go exists, so that several may start side by side.
 """
 
 import argparse
@@ -35,7 +36,7 @@ SHAPES = ROOT / "tests" / "fixtures" / "hf_configs"
 TARGET, DRAFTER = "Qwen2.5-Coder-32B-Instruct", "Qwen2.5-0.5B-Instruct"
 DRAFTS = 5
 ACCEPTANCE_LENGTH = 4.0
-TINY = dict(  # a CPU's rehearsal
+TINY = dict(  # for a rehearsal on a CPU
     hidden_size=128,
     intermediate_size=256,
     num_hidden_layers=6,
@@ -44,10 +45,10 @@ TINY = dict(  # a CPU's rehearsal
     head_dim=32,
     vocab_size=512,
 )
-# On a GPU so many that neither its cache nor the time of a launch counts.
+# On a GPU enough that neither its cache nor the launch time matters.
 BANDWIDTH_BYTES = {"cuda": 1 << 32, "cpu": 1 << 26}
-# Positions after the last token: a round whose drafts may fill the context is not drafted from graphs, and the host
-# takes all drafts of the rounds that it has not seen yet for accepted.
+# Positions after the last token: a round whose drafts may fill the context does not use graphs, and the host assumes
+# that all drafts of rounds whose results it has not seen are accepted.
 ROOM = 64
 DRAFT_MODEL_SHOWS = ("speculator", "compilation_mode", "cudagraph_mode", "speculator_compiled", "speculator_graphs")
 
@@ -56,7 +57,7 @@ class Probe(StepClock):
     """vLLM's `worker_extension_cls`: the clock, and what a step has to read against how fast this device reads."""
 
     def read_bandwidth(self) -> float:
-        """Bytes a second that a sum reads from the device's memory, the best of ten."""
+        """Bytes per second that a sum reads from the device's memory, the best of ten."""
         device = self.model_runner.device
         data = torch.ones(BANDWIDTH_BYTES[device.type] // 4, dtype=torch.float32, device=device)
         clocks = []
@@ -115,7 +116,7 @@ def short_name(name: str) -> str:
 def shape(name: str, device: str, **changes: Any) -> str:
     """A folder with a published configuration, tiny on a CPU, and nothing else.
 
-    It stays, under one name for one content: vLLM's compile caches know a model by its folder.
+    It is kept, under a name for its content: vLLM's compile caches identify a model by its folder.
     """
     config = json.loads((SHAPES / name / "config.json").read_text())
     config |= (TINY if device == "cpu" else {}) | changes
@@ -142,7 +143,7 @@ def engine(target: str, device: str, speculative: dict | None, batch: int, lengt
         # Processes of the engine have this folder on their path, since this one has.
         worker_extension_cls=f"{Path(__file__).stem}.{Probe.__name__}",
         speculative_config=speculative and speculative | synthetic | dict(num_speculative_tokens=DRAFTS),
-        # Given, so that engines may start side by side: vLLM would measure the memory that is left.
+        # Fixed, so that engines can start side by side: otherwise vLLM would measure the free memory.
         kv_cache_memory_bytes=1 << (28 if device == "cpu" else 30),
     )
     try:
@@ -176,14 +177,14 @@ def plans(layers: int) -> dict[str, dict]:
 
 
 def use(llm: Any, plan: dict, batch: int) -> None:
-    """Draft so from now on, from graphs where there are any: for `batch` requests, and for fewer towards their end."""
+    """Use this plan from now on, from graphs if there are any, for `batch` requests and fewer towards their end."""
     llm.collective_rpc("easyspec_configure", kwargs=plan)
     wanted = dict(batch_sizes=list(range(1, batch + 1)), num_speculative_tokens=[DRAFTS])
     llm.collective_rpc("easyspec_capture", kwargs=wanted)
 
 
 def drafted_eagerly(rows: list[dict]) -> list[str]:
-    """Rows whose rounds did not all draft from graphs, though there are some: they can't be compared with others."""
+    """Rows whose rounds did not all draft from graphs, although there are some: they can't be compared."""
     return [
         f"{row['arm']}, batch {row['batch']}: {row['graphs']['eager_rounds']} rounds drafted without a CUDA graph"
         for row in rows
@@ -195,7 +196,7 @@ Save = Callable[[list[dict]], None]
 
 
 def wait_for_turn(file: Path | None) -> None:
-    """Say that this process has started, and wait until it may use the device alone."""
+    """Report that this process has started, and wait until it has the device to itself."""
     if file is None:
         return
     file.with_suffix(".ready").touch()
@@ -297,7 +298,7 @@ def trace_plans(llm: Any) -> dict[str, dict]:
 
 
 def measure_engine(arm: str, device: str, turn: Path | None, save: Save) -> list[dict]:
-    """Rows: tokens a second of a whole engine, the prompt's time included. They are kept after each turn."""
+    """Rows: tokens per second of a whole engine, prefill included. They are saved after each turn."""
     prompt_tokens, new_tokens, turns = (128, 128, 3) if device == "cuda" else (16, 16, 1)
     batches = (1, 8) if device == "cuda" else (1, 2)
     rows: list[dict] = []

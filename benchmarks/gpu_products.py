@@ -1,9 +1,9 @@
-"""What a GPU takes for the products of a draft step, several ways, at published shapes: `gpu_products.py --json FILE`.
+"""Times of a draft step's matrix products on a GPU, computed in several ways, at published shapes: `--json FILE`.
 
-For each sublayer of a drafter and each number of tokens: microseconds a layer of the weights as they lie (input-major,
-`x @ w`), of the transposed layout (`torch.nn.functional.linear`), both alone and as one batched product of four layers,
-and of the project's own operator, which takes the norm along. Each is a CUDA graph that goes through all layers of the
-model, so that no cache holds what is read. The floor is what the weights' bytes take at the measured bandwidth.
+For each sublayer of a drafter and each number of tokens: microseconds per layer with input-major weights (`x @ w`),
+with transposed weights (`torch.nn.functional.linear`), each for single layers and as one batched product of four
+layers, and with the project's own operator, which includes the norm. Each is a CUDA graph over all layers of the model,
+so that the weights are not in a cache. The floor is the time of the weights' bytes at the measured bandwidth.
 """
 
 import argparse
@@ -31,7 +31,7 @@ REPLAYS = 20
 
 
 def timed_us(run: Callable[[], Any]) -> float:
-    """Microseconds that `run` takes on the device, replayed from a graph; the median."""
+    """Device time of `run` in microseconds, replayed from a graph; the median."""
     for _ in range(2):
         run()
     torch.cuda.synchronize()
@@ -51,7 +51,7 @@ def timed_us(run: Callable[[], Any]) -> float:
 
 
 def read_bandwidth() -> float:
-    """Bytes a second that a sum reads, the best of ten."""
+    """Bytes per second that a sum reads, the best of ten."""
     data = torch.ones(1 << 30, dtype=torch.float32, device="cuda")
     best = min(timed_us(data.sum) for _ in range(3))
     return data.nbytes / best * 1e6
@@ -67,7 +67,7 @@ def sublayers(config: dict) -> dict[str, tuple[int, int]]:
 
 
 def ways_of_product(part: str, x: torch.Tensor, w: torch.Tensor, norms: torch.Tensor) -> dict[str, Callable[[], Any]]:
-    """Ways to take one sublayer's product in all layers: x `[GROUP, tokens, inner]`, w `[layers, inner, columns]`."""
+    """Ways to compute one sublayer's product in all layers: x `[GROUP, tokens, inner]`, w `[layers, inner, columns]`."""
     turned = w.transpose(1, 2).contiguous()
     singles, groups = range(w.shape[0]), range(0, w.shape[0], GROUP)
     ways: dict[str, Callable[[], Any]] = {
@@ -91,7 +91,7 @@ def ways_of_product(part: str, x: torch.Tensor, w: torch.Tensor, norms: torch.Te
 def ways_of_mlp(
     x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, norms: torch.Tensor
 ) -> dict[str, Callable[[], Any]]:
-    """Ways to take the MLPs of all layers, from norm to residual: x `[GROUP, tokens, hidden]`."""
+    """Ways to compute the MLPs of all layers, from norm to residual: x `[GROUP, tokens, hidden]`."""
     reference = ops.REFERENCES[torch.ops.vllm_easyspec.sum_of_mlps.default]
     args = norms, gate_up, None, down, x[0]
     singles, groups = range(down.shape[0]), range(0, down.shape[0], GROUP)

@@ -2,7 +2,8 @@
 
 One rank, one request at a time, K=5, greedy, float32. `bench engine` runs with plain kernels, then with
 TRITON_INTERPRETER_PLAIN_KERNELS=0, then with plain ones again, and so on. A round is the time between two streamed
-chunks; figures are medians of the runs' medians. Fails where a run's tokens differ. JSON last; --json FILE keeps it.
+chunks; figures are medians of the runs' medians. Fails if a run's tokens differ. Prints JSON last; --json FILE saves
+it.
 """
 
 import argparse
@@ -22,7 +23,7 @@ ARMS = ("draft_model", "easyspec")
 
 
 def run(plain: bool, args: argparse.Namespace) -> dict[str, dict]:
-    """The rows of both arms, by arm."""
+    """The rows of each arm."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         command = [sys.executable, "-m", "vllm_easyspec.cli", "bench", "engine"]

@@ -1,6 +1,7 @@
-"""What look-ahead maps add to a fuzzy step of the tiny drafter: the loop of a round with and without them, in turns.
+"""The time that look-ahead maps add to a fuzzy step of the tiny drafter: a round's loop with and without them, in turn.
 
-One rank, one request, float32, K = 5; times are medians of a step in milliseconds. JSON last; --json FILE keeps it.
+One rank, one request, float32, K = 5; times are medians of a step in milliseconds. Prints JSON last; --json FILE saves
+it.
 """
 
 import argparse

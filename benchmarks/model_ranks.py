@@ -1,7 +1,7 @@
 """A model of the drafter's step on 1 to 8 GPUs: nothing here is measured on several.
 
-A kernel takes the longer of its bytes over the memory's bandwidth and a fixed time; a collective takes a published
-latency by size and ranks. A step is the sum over kernels that wait for one another. `--measured FILE` takes bandwidth
+A kernel takes its bytes over the memory bandwidth, but at least a fixed time; a collective takes a published latency by
+size and ranks. A step is the sum over kernels that wait for one another. `--measured FILE` takes bandwidth
 and the fixed time from a stages file of `make gpu-check`, so that the one-GPU precise step is the measured one.
 `docs/results.md` states the assumptions and discusses the tables that this prints.
 """
@@ -32,10 +32,10 @@ DRAFTERS = (
 ITEM = 2  # bytes of a weight, bfloat16
 DRAFTS = 5
 
-# Kernels that wait for one another, beside the two matrix products of a sublayer.
+# Kernels that wait for one another, in addition to the two matrix products of a sublayer.
 ATTENTION_KERNELS = 3  # norm; RoPE with the cache write; attention
 MLP_KERNELS = 2  # norm; SwiGLU
-GATHER_KERNELS = 2  # zeros for the collective of the attentions, and a rank's own rows put into them
+GATHER_KERNELS = 2  # zeros for the attentions' collective, and copying a rank's own part into them
 
 # sgl-project/sglang pull request 2904, H100, its custom all-reduce: microseconds by bytes, for 2, 4 and 8 GPUs.
 ALL_REDUCE_BYTES = (512, 4096, 32768, 262144, 524288, 1048576)
@@ -54,13 +54,13 @@ class Hardware:
     link: float  # bytes a second of a large all-reduce, its input's bytes over its time
 
 
-# NVIDIA's data sheets: 4.8 TB/s (H200), 989 TFLOP/s dense in bfloat16, NVLink 450 GB/s a direction. Assumed: 80% of the
-# bandwidth and half of the arithmetic are reached, a large all-reduce at half of a direction's bandwidth, 2.5 us.
+# NVIDIA's data sheets: 4.8 TB/s (H200), 989 TFLOP/s dense in bfloat16, NVLink 450 GB/s per direction. Assumed: 80% of
+# the bandwidth and half of the arithmetic are reached, a large all-reduce at half of a direction's bandwidth, 2.5 us.
 H200 = Hardware(bandwidth=0.8 * 4.8e12, kernel_us=2.5, tensor_flops=0.5 * 989e12, link=0.5 * 450e9)
 
 
 def all_reduce_us(size: float, ranks: int, hardware: Hardware) -> float:
-    """Between the table's sizes linear, below them the first, above them by the link's bandwidth."""
+    """Linear between the table's sizes; below them the first value, above them by the link's bandwidth."""
     if ranks == 1:
         return 0.0
     sizes, times = ALL_REDUCE_BYTES, ALL_REDUCE_US[ranks]
@@ -141,7 +141,7 @@ class Model:
 
 
 def make(shape: DrafterShape, ranks: int, batch: int, context: int, hardware: Hardware) -> Model:
-    """With the MLPs where `mlp: auto` puts them."""
+    """With MLPs placed as by `mlp: auto`."""
     return Model(shape, ranks, batch, context, hardware, choose_mlp("auto", shape, ranks, ITEM, "cuda"))
 
 

@@ -1,6 +1,6 @@
 """Each native operator against its plain-torch reference, on one thread, at the shapes of a drafter's layers.
 
-Both take turns, call by call; times are medians, Python's call included. JSON last; --json FILE keeps it.
+Both are called in turn; times are medians, Python's call included. Prints JSON last; --json FILE saves it.
 """
 
 import argparse
@@ -164,7 +164,7 @@ def measure(repetitions: int) -> list[dict]:
 
 @torch.inference_mode()
 def interleaved(operator, reference, arguments: tuple, repetitions: int) -> tuple[float, float]:
-    """Median microseconds of each. The reference takes no native operator for its parts."""
+    """Median microseconds of each. The reference uses no native operators inside."""
     times: tuple[list[float], list[float]] = ([], [])
     plain_norm = ops.REFERENCES[torch.ops.vllm_easyspec.group_rms_norm.default]
     with patch.object(ops, "group_rms_norm", plain_norm):

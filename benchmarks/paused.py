@@ -1,4 +1,5 @@
-"""K = 0 at every batch size against no speculation: tokens a second by wall-clock, engines in turn, one after another.
+"""K = 0 at every batch size against no speculation: tokens per second by wall-clock, engines in turn, one after
+another.
 
 The tiny pair, held-out prompts, greedy, float32, one rank.
 """

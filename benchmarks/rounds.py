@@ -1,10 +1,11 @@
-"""Tokens a round, acceptance by position, and stage times of the tiny pair: several plans in one engine a rank count.
+"""Tokens per round, acceptance by position, and stage times of the tiny pair: several plans in one engine per rank
+count.
 
 Held-out text (the files that training left out, `examples/tiny-pair/report.json`), greedy, float32, one request at a
 time unless --batch says otherwise. Plans take turns, repetition by repetition; times are medians over all rounds. Every
 output is compared with the precise plan's. --lookahead FILE runs every fuzzy plan without and with its look-ahead maps;
---own takes the drafter for the target, so that acceptance is the own rate: the share of drafts that the drafter's own
-precise pass confirms. JSON last; --json FILE keeps it.
+--own uses the drafter as the target too, so that acceptance is the self-acceptance: the share of drafts that the
+drafter's own precise pass confirms. Prints JSON last; --json FILE saves it.
 """
 
 import argparse

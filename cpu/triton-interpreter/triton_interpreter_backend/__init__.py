@@ -1,7 +1,7 @@
 """A Triton backend named `cpu` that runs every kernel in Triton's interpreter.
 
-Triton imports this package from `triton.backends`, before it decorates any kernel: the one moment at which
-`TRITON_INTERPRET` still decides how kernels run. Nobody has to set the variable, in no process.
+Triton imports this package from `triton.backends` before it decorates any kernel, which is the only moment at which
+`TRITON_INTERPRET` decides how kernels run. So the variable needs not be set in any process.
 """
 
 import os

@@ -1,21 +1,21 @@
-"""Plain implementations that stand in for interpreted kernels: the table of them, and the hook that launches them.
+"""Plain implementations in place of interpreted kernels: their table, and the hook that launches them.
 
-Who owns what: `plain_batch`, `plain_sampling`, `plain_logits` and `plain_rejection` define implementations and enter
+Ownership: `plain_batch`, `plain_sampling`, `plain_logits` and `plain_rejection` define implementations and register
 them, with `stands_for`, in `IMPLEMENTATIONS`, by the kernel's full name. `install` makes every launch of an interpreted
-kernel look there first. Whatever is not in the table stays interpreted.
+kernel look there first. Kernels that are not in the table stay interpreted.
 
 Invariants:
 - An implementation takes the launch grid, then exactly the kernel's own parameters, in the same order and with the same
   names. A kernel whose parameters are no longer those its implementation was written for is interpreted, with a
   warning.
-- It leaves in its arguments what the interpreted kernel would have left there, and touches nothing else.
-- It returns `NotImplemented`, before it has written anything, for a launch it does not cover, which is then
+- It writes to its arguments exactly what the interpreted kernel would write, and nothing else.
+- For a launch that it does not cover it returns `NotImplemented` before it writes anything; the launch is then
   interpreted.
 
 Why a hook at launch and not `vllm.triton_utils.dispatcher.register_kernels`: that imports every kernel's module and
-scans all loaded modules, in processes that never launch one (1.5 s and a deprecation warning in the API server, the
-engine core and the process that inspects the model); its wrapper does not tell an implementation the grid, on which
-`_gather_block_tables_kernel` depends; and it hands launch options such as `num_warps` on to the implementation.
+scans all loaded modules, also in processes that never launch one (the API server, the engine core and the process that
+inspects the model), slowly and with a deprecation warning; its wrapper does not pass the grid, on which
+`_gather_block_tables_kernel` depends; and it passes launch options such as `num_warps` to the implementation.
 """
 
 import ctypes
@@ -37,7 +37,7 @@ _V2 = "vllm.v1.worker.gpu."
 
 
 def stands_for(kernel: str) -> Callable:
-    """Enter the decorated function as the implementation of `kernel`, named in full or below `vllm.v1.worker.gpu`."""
+    """Register the decorated function as the implementation of `kernel`, by full name or inside `vllm.v1.worker.gpu`."""
     name = kernel if kernel.startswith("vllm.") else _V2 + kernel
 
     def enter(implementation: Callable[..., object]) -> Callable[..., object]:
@@ -50,7 +50,7 @@ def stands_for(kernel: str) -> Callable:
 
 
 def parameters(implementation: Callable[..., object]) -> list[str]:
-    """The kernel's parameters as the implementation knows them: its own, without the grid."""
+    """The kernel's parameters, from the implementation's own: all but the grid."""
     grid, *names = inspect.signature(implementation).parameters
     if grid != "grid":
         raise TypeError(f"{implementation} must take the launch grid first, as `grid`; it takes `{grid}`")
@@ -80,7 +80,7 @@ def install() -> None:
     def run(self: InterpretedFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> object:
         implementation = None if warmup or callable(grid) else _implementation(self)
         if implementation is not None:
-            # As the interpreter does, leave out launch options such as num_warps.
+            # Like the interpreter, drop launch options such as num_warps.
             named = {name: value for name, value in kwargs.items() if name in self.arg_names}
             if implementation(grid, *args, **named) is not NotImplemented:
                 return None
@@ -90,7 +90,7 @@ def install() -> None:
     InterpretedFunction.run = run
 
 
-# --- What the implementations share ---
+# --- Shared by the implementations ---
 
 
 def flat(tensor: torch.Tensor) -> np.ndarray:
@@ -101,7 +101,7 @@ def flat(tensor: torch.Tensor) -> np.ndarray:
 def at_address(address: int, dtype: type[np.generic], shape: tuple[int, ...]) -> np.ndarray:
     """The array that starts at a raw address, for kernels which are given tensors of pointers. Shares memory.
 
-    The caller vouches for the memory, for as long as it uses the array.
+    The caller must keep the memory valid for as long as it uses the array.
     """
     num_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
     return np.frombuffer((ctypes.c_char * num_bytes).from_address(int(address)), dtype).reshape(shape)

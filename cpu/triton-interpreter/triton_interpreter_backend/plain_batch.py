@@ -1,5 +1,5 @@
 """Plain implementations of the kernels that keep the batch's state: block tables, staged writes, inputs, and what a
-step's sampled tokens change. See `plain` for what an implementation must keep to.
+step's sampled tokens change. `plain` lists the rules for implementations.
 """
 
 import numpy as np

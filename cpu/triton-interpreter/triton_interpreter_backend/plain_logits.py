@@ -1,5 +1,5 @@
 """Plain implementations of the kernels that change logits before a token is drawn: penalties, biases, bad words,
-temperature, min-p, top-k and top-p, grammar masks. See `plain` for what an implementation must keep to.
+temperature, min-p, top-k and top-p, grammar masks. `plain` lists the rules for implementations.
 """
 
 import itertools
@@ -66,7 +66,7 @@ def penalties(
     vocab_size: int,
     BLOCK_SIZE: int,
 ) -> None:
-    """`_penalties_kernel`: repetition, frequency and presence penalties; a row behind drafts counts those drafts as
+    """`_penalties_kernel`: repetition, frequency and presence penalties; a row after drafts counts those drafts as
     output.
     """
     req_idx, positions = expanded_idx_mapping_ptr.numpy()[: grid[0]], expanded_local_pos_ptr.numpy()
@@ -114,7 +114,7 @@ def bias(
     CHECK_ALL_MASKED_ROWS: bool,
 ) -> None:
     """`_bias_kernel`: mask all but the allowed tokens, add the biases, then mask the stop tokens of a request that is
-    still shorter than its minimum; where that leaves nothing, and the request asks for it, put them back.
+    still shorter than its minimum; if that leaves nothing, and the request asks for it, restore them.
     """
     for row, req_idx in enumerate(expanded_idx_mapping_ptr[: grid[0]].tolist()):
         logits = floats(logits_ptr[row, :vocab_size])
@@ -156,7 +156,7 @@ def bad_words(
     expanded_local_pos_ptr: Tensor,
 ) -> None:
     """`_bad_words_kernel`: mask the last token of each bad word whose other tokens end the output, which for a row
-    behind drafts includes those drafts.
+    after drafts includes those drafts.
     """
     positions = expanded_local_pos_ptr[: grid[0]].tolist()
     for row, req_idx in enumerate(expanded_idx_mapping_ptr[: grid[0]].tolist()):
@@ -193,9 +193,9 @@ def topk_topp(
     """`_topk_topp_kernel`: keep the k highest logits, and of these the fewest whose probabilities reach p; of equal
     ones the first. Leaves BUFFER, which is scratch.
 
-    The kernel itself stops the interpreter, which has no tensor for its loop variable ("'int' object has no attribute
-    'to'"). It looks for the boundary in at most 18 bisections, so that it may keep a few tokens more where p ends among
-    tokens less probable than about 4e-6 times the most probable one; this implementation does not.
+    The kernel itself fails in the interpreter, which has no tensor for its loop variable ("'int' object has no
+    attribute 'to'"). It looks for the boundary in at most 18 bisections, so that it may keep a few tokens more where p
+    ends among tokens less probable than about 4e-6 times the most probable one; this implementation does not.
     """
     if SPLIT_COVERS_PONLY:
         return NotImplemented

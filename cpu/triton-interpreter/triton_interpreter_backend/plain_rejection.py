@@ -1,6 +1,6 @@
 """Plain implementations of the kernels that verify drafts: rejection sampling in its three methods (standard,
-synthetic, block), and the draw of the token that follows what was accepted. See `plain` for what an implementation
-must keep to.
+synthetic, block), and the draw of the token that follows what was accepted. `plain` lists the rules for
+implementations.
 """
 
 from dataclasses import dataclass
@@ -99,7 +99,7 @@ def compute_local_logits_stats(
 ) -> None:
     """`_compute_local_logits_stats_kernel`: for each row of logits and block of the vocabulary, the target's argmax
     and maximum (temperature 0), or maximum and sum of exponentials, target's and, with its logits, the draft's. Rows
-    of bonus tokens are left alone.
+    of bonus tokens are not touched.
     """
     argmaxes, maxes = target_local_argmax_ptr.numpy(), target_local_max_ptr.numpy()
     sumexps = target_local_sumexp_ptr.numpy()
@@ -145,7 +145,7 @@ def compute_cumulative_log_p(
     HAS_DRAFT_LOGITS: bool,
 ) -> None:
     """`_compute_cumulative_log_p_kernel` (block verification): for each draft, the log of the joint ratio of target
-    to draft up to it, kept at or below 0; a placeholder carries the last one on. Greedy requests are left alone.
+    to draft up to it, kept at or below 0; a placeholder carries the last one on. Greedy requests are not touched.
     """
     starts, drafts = cu_num_logits_ptr.tolist(), draft_sampled_ptr.tolist()
     target = RowStats(target_local_max_ptr, target_local_sumexp_ptr, vocab_num_blocks, PADDED_VOCAB_NUM_BLOCKS)
@@ -356,9 +356,9 @@ def resample(
 ) -> object:
     """`_resample_kernel`: each block's Gumbel-max draw of the token after the accepted drafts, from the target's
     distribution (bonus token, placeholder draft), or from what the draft's leaves of it. A greedy request's rejection
-    is left alone: its token is known. Watermarked sampling is not covered.
+    is not touched: its token is known. Watermarked sampling is not covered.
 
-    With draft logits the kernel itself stops the interpreter, which has no libdevice, and so no `log1p`.
+    With draft logits the kernel itself fails in the interpreter, which has no libdevice, and so no `log1p`.
     """
     if WATERMARK:
         return NotImplemented

@@ -1,5 +1,5 @@
 """Plain implementations of the kernels that draw tokens and score them: Gumbel-max sampling, log-probabilities, ranks.
-See `plain` for what an implementation must keep to.
+`plain` lists the rules for implementations.
 
 Random numbers are the kernels' own, to the bit: a seed gives the same token, interpreted or not.
 """

@@ -1,19 +1,20 @@
-"""What vLLM's kernels need of the interpreter, applied in every vLLM process through `vllm.general_plugins`."""
+"""Adapts the interpreter to vLLM's kernels, in every vLLM process, through `vllm.general_plugins`."""
 
 import os
 
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-# The implementations follow this vLLM's kernels to the bit; another version's may differ behind the same parameters.
+# The implementations equal this vLLM's kernels bit for bit; those of other versions may differ with the same
+# parameters.
 WRITTEN_FOR = "0.32."
 
 
 def register() -> None:
     """Cast masks, and launch plain implementations where there are any. Idempotent.
 
-    `TRITON_INTERPRETER_PLAIN_KERNELS=0` in the environment keeps every kernel interpreted: to compare, or to look for a
-    fault in an implementation.
+    `TRITON_INTERPRETER_PLAIN_KERNELS=0` in the environment keeps every kernel interpreted, for comparison or
+    debugging.
     """
     _cast_masks()
     import vllm.version
@@ -31,9 +32,9 @@ def _as_bool(mask: TensorHandle) -> TensorHandle:
 
 
 def _cast_masks() -> None:
-    """Let masks be of any integer type, as compiled Triton does. Idempotent.
+    """Allow masks of any integer type, as compiled Triton does. Idempotent.
 
-    Cause: the interpreter stops at a masked load or store whose mask is not boolean ("mask has unsupported dtype");
+    Cause: the interpreter fails at a masked load or store whose mask is not boolean ("mask has unsupported dtype");
     vLLM's `gumbel_sample` has one. Remove when Triton's interpreter casts masks itself.
     """
     if getattr(InterpreterBuilder, "_masks_are_cast", False):
