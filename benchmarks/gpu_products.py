@@ -67,7 +67,7 @@ def sublayers(config: dict) -> dict[str, tuple[int, int]]:
 
 
 def ways_of_product(part: str, x: torch.Tensor, w: torch.Tensor, norms: torch.Tensor) -> dict[str, Callable[[], Any]]:
-    """Ways to compute one sublayer's product in all layers: x `[GROUP, tokens, inner]`, w `[layers, inner, columns]`."""
+    """Ways to compute a sublayer's product in all layers: x `[GROUP, tokens, inner]`, w `[layers, inner, columns]`."""
     turned = w.transpose(1, 2).contiguous()
     singles, groups = range(w.shape[0]), range(0, w.shape[0], GROUP)
     ways: dict[str, Callable[[], Any]] = {

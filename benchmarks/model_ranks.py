@@ -128,9 +128,9 @@ class Model:
         return total
 
     def tensor_parallel_step(self) -> float | None:
-        """A sequential step with every layer cut by heads, graphed; None where the heads can't be cut.
+        """A sequential step with every layer cut by heads, from CUDA graphs; None if the heads can't be cut.
 
-        Keys and values are repeated where there are fewer heads of them than ranks.
+        K/V heads are replicated if there are fewer of them than ranks.
         """
         shape = self.shape
         if shape.num_heads % self.ranks or (shape.num_kv_heads % self.ranks and self.ranks % shape.num_kv_heads):

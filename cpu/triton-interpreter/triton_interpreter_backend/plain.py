@@ -37,7 +37,7 @@ _V2 = "vllm.v1.worker.gpu."
 
 
 def stands_for(kernel: str) -> Callable:
-    """Register the decorated function as the implementation of `kernel`, by full name or inside `vllm.v1.worker.gpu`."""
+    """Register the decorated function as implementation of `kernel`, by full name or inside `vllm.v1.worker.gpu`."""
     name = kernel if kernel.startswith("vllm.") else _V2 + kernel
 
     def enter(implementation: Callable[..., object]) -> Callable[..., object]:
