@@ -47,7 +47,7 @@ def main() -> None:
         parser.error(f"--runs {args.runs} is not allowed: a comparison needs at least 2")
     runs = [(number % 2 == 0, run(number % 2 == 0, args)) for number in range(args.runs)]
     rows = [compare(arm, [(plain, found[arm]) for plain, found in runs]) for arm in ARMS]
-    print("| drafting | interpreted ms a round | plain ms a round | times shorter | tokens a round |")
+    print("| drafting | interpreted ms per round | plain ms per round | times shorter | tokens per round |")
     print("|---|---|---|---|---|")
     for row in rows:
         figures = " | ".join(f"{row[key]:.2f}" for key in ("interpreted_ms", "plain_ms", "ratio", "tokens_a_round"))

@@ -48,10 +48,10 @@ ALL_REDUCE_US = {
 
 @dataclass(frozen=True)
 class Hardware:
-    bandwidth: float  # bytes a second that a matrix product reads from memory
+    bandwidth: float  # bytes per second that a matrix product reads from memory
     kernel_us: float  # the shortest kernel that waits for the one before it, inside a CUDA graph
     tensor_flops: float  # of a long prompt's matrix products, in 16 bits
-    link: float  # bytes a second of a large all-reduce, its input's bytes over its time
+    link: float  # bytes per second of a large all-reduce, its input's bytes over its time
 
 
 # NVIDIA's data sheets: 4.8 TB/s (H200), 989 TFLOP/s dense in bfloat16, NVLink 450 GB/s per direction. Assumed: 80% of
@@ -243,7 +243,7 @@ def main() -> None:
         row = next(row for row in measured if row["arm"] == "precise" and row["batch"] == 1)
         hardware = fitted(H200, read_shape(row["drafter"]), row)
     found = rows(hardware, tuple(args.batch), args.context)
-    print(f"microseconds a step; {hardware}\n")
+    print(f"microseconds per step; {hardware}\n")
     print_steps(found)
     print_prompts(hardware, args.prompt)
     write(args.json, {"hardware": vars(hardware), "rows": found})

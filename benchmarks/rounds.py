@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows = [r for ranks in args.ranks for r in measure(ranks, args)]
-    print("| ranks | plan | tokens a round | acceptance | by position | calibrate ms | fuzzy step ms | verify ms |")
+    print("| ranks | plan | tokens per round | acceptance | by position | calibrate ms | fuzzy step ms | verify ms |")
     print("|---|---|---|---|---|---|---|---|")
     for r in rows:
         by_position = " ".join(f"{a:.2f}" for a in r["acceptance"])

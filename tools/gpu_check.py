@@ -347,7 +347,7 @@ def print_table(results: list[dict]) -> None:
     for (arm, batch), rate in rates.items():
         for baseline in ("none", "draft_model"):
             if arm not in ("none", baseline) and (baseline, batch) in rates:
-                print(f"{arm}, batch {batch}: {rate / rates[baseline, batch]:.2f} times {baseline}'s tokens a second")
+                print(f"{arm}, batch {batch}: {rate / rates[baseline, batch]:.2f} times {baseline}'s tokens per second")
     stages = {
         (row["drafter"], row["batch"], row["arm"]): row["stage_ms"]
         for found in results
