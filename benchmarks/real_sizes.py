@@ -1,9 +1,9 @@
 """Whole engines at a published size on a CPU: easyspec against vLLM's `draft_model` and no speculation, in turn.
 
 A target of Qwen2.5 3B's shape and a drafter of Qwen2.5 0.5B's, in bfloat16, from `config.json` alone: weights are
-random, so acceptance is vLLM's synthetic one, and only times count. Besides tokens per second, each drafting arm is shown
-with the bytes per second that a rank reads from its share of the drafter, and the share of the floor that its drafting
-stage reaches: the time that these bytes take at the memory's speed over the time measured.
+random, so acceptance is vLLM's synthetic one, and only times count. Besides tokens per second, each drafting arm is
+shown with the bytes per second that a rank reads from its share of the drafter, and the share of the floor that its
+drafting stage reaches: the time that these bytes take at the memory's speed over the time measured.
 """
 
 import argparse
