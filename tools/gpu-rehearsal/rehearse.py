@@ -10,6 +10,7 @@ Exit code 1 if a part failed. It needs Python 3.12, gcc, xz and a CUDA 13 toolki
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -82,13 +83,22 @@ def run(*command: object, **environment: str) -> None:
     subprocess.run(list(map(str, command)), check=True, env=os.environ | environment)
 
 
+def python_3_12() -> str:
+    """The GPU host's version. pyenv puts a `python3.12` on the path that fails where another version is selected."""
+    pyenv = sorted(Path.home().glob(".pyenv/versions/3.12*/bin/python"), reverse=True)
+    for candidate in ("python3.12", *map(str, pyenv)):
+        with contextlib.suppress(OSError):
+            if not subprocess.run([candidate, "-c", ""], stderr=subprocess.DEVNULL).returncode:
+                return candidate
+    sys.exit("rehearsal: no Python 3.12, the GPU host's version. Install it as python3.12, or with pyenv")
+
+
 def set_up() -> None:
     """Create what is missing."""
     HOME.mkdir(exist_ok=True)
     python = HOME / "venv" / "bin" / "python"
     if not (HOME / "installed").exists():
-        base = shutil.which("python3.12") or sys.exit("rehearsal: no python3.12, the GPU host's version")
-        run(base, "-m", "venv", HOME / "venv")
+        run(python_3_12(), "-m", "venv", HOME / "venv")
         run(python, "-m", "pip", "install", "-q", *TORCH, *PACKAGES)
         run(python, "-m", "pip", "install", "-q", "--no-deps", "torchvision==0.26.0")
         (HOME / "installed").touch()
