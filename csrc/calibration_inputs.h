@@ -1,4 +1,4 @@
-// Which tokens and pages a calibration pass reads and writes. See vllm_easyspec/ops.py.
+// The inputs of a calibration pass: tokens, positions, cache slots, lengths. See vllm_easyspec/ops.py.
 #pragma once
 
 #include <cstdint>
@@ -9,18 +9,18 @@ namespace easyspec {
 
 struct CalibrationInputs {
   const int32_t* read;             // [num_read], what the target read
-  const int64_t* query_starts;     // [reqs], a request's first token in it
-  const int64_t* start_positions;  // [reqs], and its position
-  const int64_t* num_valid;        // [reqs], leading tokens of the request that stand
+  const int64_t* query_starts;     // [reqs], the request's first token in `read`
+  const int64_t* start_positions;  // [reqs], the position of that token
+  const int64_t* num_valid;        // [reqs], tokens of the request that are kept
   const bool* sampled;             // [reqs]
   const int64_t* newest;           // [reqs]
   const int32_t* table;            // [reqs, table_width], stride table_stride
   int64_t table_stride;
   int64_t table_width;
   const int64_t* of_req;      // [rows]
-  const int64_t* offset;      // [rows], the row's place in its request
-  const int64_t* known;       // [reqs], 0 or 1
-  const int32_t* starts;      // [reqs + 1], of the requests' rows
+  const int64_t* offset;      // [rows], the row's index in its request
+  const int64_t* known;       // [reqs], first tokens that are calibrated already, 0 or 1
+  const int32_t* starts;      // [reqs + 1], first row of each request
   int64_t* input_ids;         // [rows]
   int64_t* positions;         // [rows]
   int64_t* slots;             // [rows]

@@ -1,4 +1,4 @@
-// RMSNorm of one input, or one a layer, by the weights of several layers. See vllm_easyspec/ops.py.
+// RMSNorm of one input, or one per layer, with the weights of several layers. See vllm_easyspec/ops.py.
 #pragma once
 
 #include <cmath>
@@ -28,7 +28,7 @@ EASYSPEC_BODY float inverse_rms(const T* x, int64_t hidden, float eps, Lanes lan
   return 1 / sqrtf(lanes.sum(sum) / static_cast<float>(hidden) + eps);
 }
 
-// A token of the layers from `first` to `last`, which read one input: all of them where it is shared, else one.
+// One token of the layers from `first` to `last`, which read the same input: all layers if it is shared, else one.
 template <class T, class Lanes>
 EASYSPEC_BODY void group_rms_norm_token(
     const GroupRmsNorm& a, int64_t token, int64_t first, int64_t last, Lanes lanes) {
@@ -37,7 +37,7 @@ EASYSPEC_BODY void group_rms_norm_token(
   for (int64_t layer = first; layer < last; ++layer) {
     const T* weights = static_cast<const T*>(a.weights) + layer * a.hidden;
     T* out = static_cast<T*>(a.out) + (layer * a.tokens + token) * a.hidden;
-    // Rounded between the two factors, as the models' own norms do.
+    // Rounded between the two factors, like the models' own norms.
     for (int64_t i = lanes.first(); i < a.hidden; i += lanes.step()) {
       from_float(rounded<T>(to_float(x[i]) * scale) * to_float(weights[i]), out[i]);
     }

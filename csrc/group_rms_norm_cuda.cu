@@ -5,7 +5,7 @@ namespace easyspec {
 
 constexpr unsigned kThreads = 256;
 
-// A block a token of a layer. Layers that share an input take its variance each: that is sooner done than passed on.
+// One block per token and layer. Layers that share an input each compute its variance, which is faster than sharing it.
 template <class T>
 __global__ void group_rms_norm_kernel(GroupRmsNorm args) {
   let_next_start();

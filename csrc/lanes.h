@@ -1,6 +1,7 @@
-// What lets a kernel's body be written once for both devices: lanes that share its work, and the number formats.
+// Lets a kernel's body be written once for both devices: lanes that divide its work, and the number formats.
 //
-// On the host one lane does all of the work. On a GPU the lanes of a warp, or the threads of a block, take turns.
+// On the host one lane does all the work. On a GPU the lanes of a warp, or the threads of a block, take elements in
+// turn.
 #pragma once
 
 #include <cstdint>
@@ -69,7 +70,7 @@ EASYSPEC_BODY void from_float(float x, Float16& out) {
 #endif
 }
 
-// What x is after having been stored as a T.
+// x rounded to T.
 template <class T>
 EASYSPEC_BODY float rounded(float x) {
   T stored;
@@ -93,7 +94,7 @@ struct WarpLanes {
   }
 };
 
-// All threads of a block. `sum` may be called once: its shared memory is not used again.
+// All threads of a block. `sum` may be called only once, since it does not protect its shared memory for reuse.
 template <unsigned kThreads>
 struct BlockLanes {
   __device__ __forceinline__ int64_t first() const { return threadIdx.x; }

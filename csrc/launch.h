@@ -1,23 +1,23 @@
-// How this project's CUDA kernels are launched: each may begin before the kernel in front of it has ended.
+// How this project's CUDA kernels are launched: each may start before the preceding kernel has ended.
 //
-// A draft step is some hundred kernels of two to ten microseconds, one after another, so the time between them counts.
-// On Hopper and newer a kernel launched here is started early ("programmatic dependent launch"): it lets the next one
-// start, reads what no kernel writes (weights), and only then waits for the one in front. Graphs keep that.
+// A draft step is some hundred short kernels, one after another, so the time between them matters. On Hopper and newer
+// a kernel launched here starts early ("programmatic dependent launch"): it lets the next one start, reads data that no
+// kernel writes (weights), and only then waits for the preceding kernel. CUDA graphs preserve this.
 #pragma once
 
 #include <cuda_runtime.h>
 
 namespace easyspec {
 
-// The next kernel in the stream may start now. It sees this one's results only after its own `wait_for_previous`.
+// Lets the next kernel in the stream start. It sees this one's results only after its own `wait_for_previous`.
 __device__ __forceinline__ void let_next_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 
-// Everything in front in the stream has ended and its writes are visible. Every kernel that `launch` starts calls this
-// before it reads what kernels write, and before it writes anything.
+// Waits until all preceding work in the stream has ended and its writes are visible. Every kernel that `launch` starts
+// must call this before it reads what kernels write, and before it writes anything.
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -26,11 +26,11 @@ __device__ __forceinline__ void wait_for_previous() {
 
 struct DeviceProperties {
   int multiprocessors;
-  int most_shared_memory;   // bytes of a block
+  int most_shared_memory;   // bytes per block
   bool is_hopper_or_newer;  // has clusters of blocks and programmatic dependent launch
 };
 
-// Of the current device, read once a device: the query takes microseconds.
+// Properties of the current device, queried once per device, since the query is slow.
 inline const DeviceProperties& device_properties() {
   constexpr int kDevices = 64;
   static DeviceProperties known[kDevices] = {};
@@ -48,8 +48,8 @@ inline const DeviceProperties& device_properties() {
   return found;
 }
 
-// kernel<<<grid, block, shared_bytes, stream>>>(args...), started early where the device can; cluster: blocks along x
-// that share a cluster. Errors are left for cudaGetLastError.
+// kernel<<<grid, block, shared_bytes, stream>>>(args...), started early if the device can; cluster: blocks along x per
+// cluster. Errors are left to cudaGetLastError.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...),
             dim3 grid,

@@ -1,4 +1,4 @@
-// What each of several layers' MLPs reads: the input and the attention outputs up to the layer's own. See
+// The inputs of several layers' MLPs: the group's input plus the attention outputs up to the layer's own. See
 // vllm_easyspec/ops.py.
 #pragma once
 

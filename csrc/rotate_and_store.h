@@ -10,28 +10,27 @@ struct RotateAndStore {
   void* qkv;                 // [layers * tokens, heads + 2 * kv_heads, head_dim]
   const int64_t* positions;  // [layers * tokens]
   const void* cos_sin;       // [positions, rotary_dim]: cosines, then sines
-  const void* q_norms;       // [layers, head_dim], or none
+  const void* q_norms;       // [layers, head_dim], or null
   const void* k_norms;
-  void* cache;           // [pages, kv_heads, page tokens, 2 * head_dim]: a key, then a value; or none
-  const int64_t* slots;  // [layers * tokens], where there is a cache
+  void* cache;           // [pages, kv_heads, page tokens, 2 * head_dim]: a key, then a value; or null
+  const int64_t* slots;  // [layers * tokens], if there is a cache
   int64_t page_stride;
   int64_t head_stride;
   int64_t token_stride;
   int64_t page_tokens;
   int64_t rows;    // layers * tokens
-  int64_t tokens;  // of a layer
+  int64_t tokens;  // per layer
   int64_t heads;
   int64_t kv_heads;
   int64_t head_dim;
   int64_t rotary_dim;
-  bool neox;  // the halves of a head are the two parts; else neighbours are
+  bool neox;  // pairs are (i, i + half); otherwise (2i, 2i + 1)
   float eps;
   DType dtype;
 };
 
-// Calls f(i) for the numbers of a head that are this lane's: pairs that are rotated together, in the first
-// `rotary_dim`, and its share of the rest. Lanes need not wait for one another, since none reads what another has
-// written.
+// Calls f(i) for this lane's elements of a head: pairs that are rotated together, in the first `rotary_dim`, and its
+// share of the rest. Lanes need not synchronize, since none reads what another has written.
 template <class Lanes, class F>
 EASYSPEC_BODY void for_own_numbers(const RotateAndStore& a, int64_t rotary_dim, Lanes lanes, F f) {
   const int64_t half = rotary_dim / 2, stride = a.neox ? 1 : 2, apart = a.neox ? half : 1;
@@ -44,7 +43,7 @@ EASYSPEC_BODY void for_own_numbers(const RotateAndStore& a, int64_t rotary_dim, 
   for (int64_t i = rotary_dim + lanes.first(); i < a.head_dim; i += lanes.step()) f(i);
 }
 
-// In place: the rotation of one head.
+// Rotates one head in place.
 template <class T, class Lanes>
 EASYSPEC_BODY void rotate_head(const RotateAndStore& a, T* x, const T* cos_sin, Lanes lanes) {
   const int64_t half = a.rotary_dim / 2;
@@ -58,7 +57,7 @@ EASYSPEC_BODY void rotate_head(const RotateAndStore& a, T* x, const T* cos_sin, 
   }
 }
 
-// In place: the norm of one head. A lane norms the numbers that it rotates and stores.
+// Normalizes one head in place. A lane normalizes the elements that it rotates and stores.
 template <class T, class Lanes>
 EASYSPEC_BODY void norm_head(const RotateAndStore& a, T* x, const T* norm, Lanes lanes) {
   const float scale = inverse_rms(x, a.head_dim, a.eps, lanes);

@@ -3,7 +3,7 @@
 
 namespace easyspec {
 
-// A warp a head of a row.
+// One warp per head of a row.
 template <class T>
 __global__ void rotate_and_store_kernel(RotateAndStore args, int64_t heads) {
   let_next_start();

@@ -1,4 +1,4 @@
-// What operators share whose work is a few numbers a row: slots of pages, and on CUDA a thread a row.
+// Shared by operators that compute a few numbers per row: cache slots, and on CUDA one thread per row.
 #pragma once
 
 #include <cstdint>
@@ -11,14 +11,14 @@
 
 namespace easyspec {
 
-// The cache slot of a position, from its request's blocks, `[width]`. A position past them takes the last one.
+// The cache slot of a position, from its request's blocks, `[width]`. A position past the table uses the last block.
 EASYSPEC_BODY int64_t slot_of(const int32_t* blocks, int64_t width, int64_t block_size, int64_t position) {
   const int64_t column = position / block_size, last = width - 1;
   return static_cast<int64_t>(blocks[column < last ? column : last]) * block_size + position % block_size;
 }
 
 #ifdef __CUDACC__
-// Calls `do_row(args, row)`. A thread a row: there are few, and a launch costs more than its work.
+// Calls `do_row(args, row)`, one thread per row: there are few, and a launch costs more than the work.
 template <class Args>
 __global__ void rows_kernel(Args args) {
   let_next_start();

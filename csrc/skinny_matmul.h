@@ -1,4 +1,4 @@
-// Products of few rows with large matrices, on the host: bound by reading the matrices, which each row block does once.
+// Matrix products of few rows on the host: bound by reading the matrix, which each block of rows reads once.
 #pragma once
 
 #include <algorithm>
@@ -10,14 +10,14 @@
 namespace easyspec {
 
 constexpr int64_t kVec = 16;
-constexpr int64_t kTile = 64;  // columns of a task
-constexpr int64_t kRows = 4;   // rows side by side: 4 x 4 sums, in registers
+constexpr int64_t kTile = 64;  // columns per task
+constexpr int64_t kRows = 4;   // rows at a time: 4 x 4 sums, in registers
 
 typedef float Vec __attribute__((vector_size(kVec * sizeof(float))));
 typedef uint32_t VecBits __attribute__((vector_size(kVec * sizeof(uint32_t))));
 typedef uint16_t VecHalfBits __attribute__((vector_size(kVec * sizeof(uint16_t))));
 
-// The first `count` of kVec numbers, zeros after them.
+// The first `count` of kVec numbers, followed by zeros.
 template <class T>
 EASYSPEC_BODY Vec load(const T* from, int64_t count = kVec) {
   T numbers[kVec] = {};
@@ -61,7 +61,7 @@ EASYSPEC_BODY void store(Vec x, BFloat16* to, int64_t count) {
   std::memcpy(static_cast<void*>(to), &numbers, count * sizeof(BFloat16));
 }
 
-// e^x to about one unit in the last place: 2^n times a polynomial of the rest, |rest| <= ln(2) / 2.
+// e^x to about one unit in the last place: 2^n times a polynomial of the remainder, at most ln(2) / 2.
 EASYSPEC_BODY Vec exp(Vec x) {
   x = x > 88.0f ? Vec{} + 88.0f : x;
   x = x < -87.0f ? Vec{} - 87.0f : x;

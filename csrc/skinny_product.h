@@ -1,4 +1,4 @@
-// Products of few rows with large matrices on a GPU, with the norm in front of them and what follows in one launch.
+// Matrix products of few rows on a GPU, in one launch with the norm before them and what follows.
 #pragma once
 
 #include <cstdint>
@@ -8,15 +8,15 @@
 namespace easyspec {
 
 // For each of `layers` layers: [tokens, inner], its RMSNorm if `norms` is given, times [inner, columns], plus `bias`;
-// gated: the columns are gates and then as many numbers that they let through, `silu(gate) * number`.
+// gated: the columns are gates, then as many values, and the result is `silu(gate) * value`.
 struct SkinnyProduct {
   const void* x;         // `tokens` rows of `inner` numbers
-  int64_t layer_step;    // elements from a layer's first row to the next layer's, 0 for one input
-  int64_t token_step;    // elements from a row to the next
-  const void* norms;     // [layers, inner], or none
+  int64_t layer_step;    // elements between the first rows of two layers, 0 for one input
+  int64_t token_step;    // elements between two rows
+  const void* norms;     // [layers, inner], or null
   const void* weights;   // [layers, inner, columns]
-  const void* bias;      // [layers, columns], or none
-  const void* residual;  // [tokens, columns], or none; added to each layer's result, not for gated ones
+  const void* bias;      // [layers, columns], or null
+  const void* residual;  // [tokens, columns], or null; added to each layer's result; not if gated
   void* out;             // rows of `columns` numbers, half as many if gated
   int64_t out_layer_step;
   int64_t out_token_step;
@@ -32,10 +32,10 @@ struct SkinnyProduct {
   DType dtype;
 };
 
-// In bfloat16, on Hopper and newer; more tokens than this take torch's products.
+// In bfloat16, on Hopper and newer; for more tokens than this torch's products are used.
 constexpr int64_t kSkinnyTokens = 16;
 
-// Why the kernel can't do this product; null where it can.
+// Why the kernel can't compute this product; null if it can.
 const char* why_not_skinny(const SkinnyProduct& args);
 void skinny_product_cuda(const SkinnyProduct& args, void* stream);
 

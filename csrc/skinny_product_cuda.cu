@@ -10,28 +10,28 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kColumns = 64;  // of a tile: 128 bytes of a row, which the memory serves at once
-constexpr int kRows = 16;     // of a slice, which a warp multiplies at once
-constexpr int kStages = 4;    // slices of a warp whose weights are on their way
+constexpr int kColumns = 64;  // per tile: 128 bytes of a row, one memory transaction
+constexpr int kRows = 16;     // per slice, which a warp multiplies at once
+constexpr int kStages = 4;    // slices whose weights a warp prefetches
 constexpr int kSliceBytes = kRows * kColumns * 2;
 constexpr int kRing = kWarps * kStages * kSliceBytes;
-constexpr int kMostBlocks = 8;  // of a cluster, which share a tile's rows: the portable limit
+constexpr int kMostBlocks = 8;  // per cluster, which divide a tile's rows: the portable limit
 
 // Rows whose inputs are in shared memory together, for up to 8 and up to 16 tokens.
 template <int kTokenTiles>
 constexpr int kChunk = 2048 / kTokenTiles;
 
-// Where a block's dynamic shared memory holds what, in bytes from its start: first the slices on their way, and when
-// all have come the sums of the warps [kWarps, tokens, kColumns].
+// The layout of a block's dynamic shared memory, in bytes from its start: first the prefetched slices, and once all
+// have arrived the sums of the warps [kWarps, tokens, kColumns].
 struct Layout {
-  int pitch;      // numbers from a token's inputs to the next token's
+  int pitch;      // elements between the inputs of two tokens
   int inputs;     // [tokens, pitch] bfloat16
   int of_blocks;  // sums of the cluster's blocks [blocks, tokens, kColumns] float32, in its first block
   int squares;    // sums of squares of the blocks [blocks, tokens], then of the warps [kWarps, tokens], float32
   int bytes;
 
   __host__ __device__ Layout(int rows, int tokens, int blocks)
-      // Tokens 8 numbers apart modulo 64, so that the threads of a warp read from different banks.
+      // 8 modulo 64, so that the threads of a warp read from different banks.
       : pitch((rows + 63) / 64 * 64 + 8),
         inputs(kRing),
         of_blocks(inputs + tokens * pitch * 2),
@@ -39,10 +39,10 @@ struct Layout {
         bytes(squares + (blocks + kWarps) * tokens * 4) {}
 };
 
-// What the host works out for all blocks. Blocks of a cluster are a power of two: 1 << log_blocks.
+// What the host computes for all blocks. The number of blocks per cluster is a power of two: 1 << log_blocks.
 struct Shares {
   int log_blocks;
-  int slices;  // of a layer
+  int slices;  // per layer
   int rows_together;
 };
 
@@ -50,7 +50,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Have 16 bytes copied to shared memory; zeros where `is_there` is false.
+// Starts a copy of 16 bytes to shared memory; of zeros if `is_there` is false.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool is_there) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(is_there ? 16 : 0)
@@ -64,7 +64,7 @@ __device__ __forceinline__ void end_of_copies() {
 #endif
 }
 
-// All copies have come but those of the last kStages - 1 groups.
+// Waits for all copies except those of the last kStages - 1 groups.
 __device__ __forceinline__ void wait_for_oldest_copies() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 1) : "memory");
@@ -102,12 +102,12 @@ __device__ __forceinline__ uint32_t packed(float low, float high) {
 __device__ __forceinline__ float low_of(uint32_t word) { return __uint_as_float(word << 16); }
 __device__ __forceinline__ float high_of(uint32_t word) { return __uint_as_float(word & 0xffff0000u); }
 
-// A tile of columns of one layer, its rows shared by the blocks of a cluster, a block's by its warps, slice by slice.
+// A tile of columns of one layer. The blocks of a cluster divide its rows, the warps of a block theirs, slice by slice.
 //
-// Each warp has a ring of slices in shared memory that it alone writes and reads. Of a slice's row the eighth part p
-// lies at place p ^ (row % 8), so that eight rows of one part lie in different banks. Warps need one another only for
-// the inputs and the sums. The norm's factor is one number a token, so it multiplies the sums; each block adds up the
-// squares of its own rows.
+// Each warp has a ring of slices in shared memory that only it writes and reads. Part p (an eighth) of a slice's row is
+// stored at place p ^ (row % 8), so that the same part of eight rows is in different banks. Warps share only the inputs
+// and the sums. The norm's factor is one number per token, so it multiplies the sums; each block sums the squares of
+// its own rows.
 template <int kTokenTiles, bool kGated>
 __global__ void __launch_bounds__(kThreads, 3 - (kTokenTiles > 1)) skinny_product_kernel(SkinnyProduct a, Shares s) {
   extern __shared__ __align__(128) char shared[];
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, 3 - (kTokenTiles > 1)) skinny_produc
   const int blocks = 1 << s.log_blocks;
 #if __CUDA_ARCH__ >= 900
   auto cluster = cooperative_groups::this_cluster();
-  if (blocks > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;");  // this block runs
+  if (blocks > 1) asm volatile("barrier.cluster.arrive.relaxed.aligned;");  // this block has started
 #endif
 
   const int block = blockIdx.x & (blocks - 1), tile = blockIdx.x >> s.log_blocks;
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, 3 - (kTokenTiles > 1)) skinny_produc
   const int layer = step == 1 ? from_first : from_first / step;
   const bool is_here = from_first >= 0 && layer < a.layers && layer * step == from_first;
   const int width = kGated ? columns / 2 : columns;        // of the result
-  constexpr int kWide = kGated ? kColumns / 2 : kColumns;  // the result's columns of a tile
+  constexpr int kWide = kGated ? kColumns / 2 : kColumns;  // columns of the result per tile
   const int begin = (s.slices * block >> s.log_blocks) * kRows;
   const int end = min(static_cast<int>(a.inner), (s.slices * (block + 1) >> s.log_blocks) * kRows);
   const int rows = is_here ? end - begin : 0, slices = (rows + kRows - 1) / kRows;
@@ -136,8 +136,7 @@ __global__ void __launch_bounds__(kThreads, 3 - (kTokenTiles > 1)) skinny_produc
   auto* squares_of_blocks = reinterpret_cast<float*>(shared + layout.squares);
   float* squares_of_warps = squares_of_blocks + blocks * tokens;
 
-  // A lane copies an eighth of every fourth row. Of gated columns half of the eighths are gates, half what they let
-  // through.
+  // A lane copies an eighth of every fourth row. Of gated columns half of the eighths are gates, half values.
   const int part = lane % 8, first_row = lane / 8;
   const int place = tile * kWide + 8 * part % kWide;
   const int column = min(place, width - 8) + (kGated && 8 * part >= kWide ? width : 0);
@@ -171,8 +170,8 @@ __global__ void __launch_bounds__(kThreads, 3 - (kTokenTiles > 1)) skinny_produc
   int slice = warp, stage = 0;
   for (int chunk = 0; chunk < rows; chunk += kChunk<kTokenTiles>) {
     const int chunk_end = min(slices * kRows, chunk + kChunk<kTokenTiles>);
-    if (chunk > 0) __syncthreads();  // the inputs of the one before have been read
-    // The inputs, times the norm's weights: 8 rows a thread at once.
+    if (chunk > 0) __syncthreads();  // the inputs of the previous chunk have been read
+    // The inputs times the norm's weights, 8 rows per thread at a time.
     for (int token = 0; token < tokens; ++token) {
       float square = 0;
       for (int row = chunk + 8 * threadIdx.x; row < chunk_end; row += 8 * kThreads) {
@@ -213,7 +212,8 @@ __global__ void __launch_bounds__(kThreads, 3 - (kTokenTiles > 1)) skinny_produc
           factors[t] = {*reinterpret_cast<const uint32_t*>(from), *reinterpret_cast<const uint32_t*>(from + 8)};
         }
       }
-      // Lanes 0 to 7 give the first eight rows of columns 0 to 7, then of 8 to 15, then the last eight rows of both.
+      // Lanes 0 to 7 address the first eight rows of columns 0 to 7, the next those of 8 to 15, then the last eight
+      // rows.
       const int row = lane % 8 + lane / 16 * 8;
       const uint32_t of_row = ring + stage * kSliceBytes + row * kColumns * 2;
 #pragma unroll
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kThreads, 3 - (kTokenTiles > 1)) skinny_produc
   }
 
   // Over the warps, then over the blocks of the cluster, in a fixed order.
-  __syncthreads();  // no slice is on its way, and the ring becomes the warps' sums
+  __syncthreads();  // no copy is pending, and the ring's memory becomes the warps' sums
 #pragma unroll
   for (int t = 0; t < kTokenTiles; ++t) {
 #pragma unroll
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(kThreads, 3 - (kTokenTiles > 1)) skinny_produc
   float *totals = of_blocks, *total_squares = squares_of_blocks;  // the first block's
 #if __CUDA_ARCH__ >= 900
   if (blocks > 1) {
-    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");  // all blocks run, so the first one's memory is there
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");  // all blocks run: the first one's memory exists
     totals = cluster.map_shared_rank(of_blocks, 0);
     total_squares = cluster.map_shared_rank(squares_of_blocks, 0);
   }
@@ -308,8 +308,8 @@ void launch_tokens(const SkinnyProduct& a, void* stream) {
   const int wide = a.gated ? kColumns / 2 : kColumns, width = static_cast<int>(a.gated ? a.columns / 2 : a.columns);
   const int tiles = (width + wide - 1) / wide, slices = static_cast<int>((a.inner + kRows - 1) / kRows);
   const DeviceProperties& device = device_properties();
-  // A tile's rows are shared by more blocks while each multiprocessor has at most one and a half: the next kernel's
-  // blocks are to find room beside them, and while each warp has a slice.
+  // More blocks divide a tile's rows as long as there are at most one and a half per multiprocessor, so that the next
+  // kernel's blocks find room, and as long as each warp has a slice.
   int log_blocks = 0;
   while (2 << log_blocks <= kMostBlocks && tiles * a.layers << (log_blocks + 1) <= device.multiprocessors * 3 / 2 &&
          slices >= kWarps << (log_blocks + 1)) {
