@@ -37,11 +37,13 @@ class DraftGraph(BatchExecutionDescriptor):
 
     @classmethod
     def calibrate(cls, num_reqs: int, query_len: int) -> "DraftGraph":
+        """The calibration of `num_reqs` decoding requests of `query_len` tokens each."""
         tokens = num_reqs * query_len
         return cls(CUDAGraphMode.FULL, num_tokens=tokens, num_reqs=num_reqs, stage="calibrate", query_len=query_len)
 
     @classmethod
     def draft(cls, num_reqs: int, num_drafts: int, plan: DraftPlan, lookahead: bool = False) -> "DraftGraph":
+        """The fuzzy steps of `num_reqs` requests: drafts 2 to `num_drafts`."""
         return cls(
             CUDAGraphMode.FULL,
             num_tokens=num_reqs,

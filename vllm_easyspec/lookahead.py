@@ -210,6 +210,7 @@ class LookaheadMaps(nn.Module):
 
     @classmethod
     def load(cls, file: LookaheadFile, placement: LayerPlacement, rank: int, like: torch.Tensor) -> "LookaheadMaps":
+        """This rank's maps from `file`. like: a tensor with the drafter's device and dtype."""
         with safe_open(file.path, framework="pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
         return cls(tensors, file.reach, placement, rank, like)

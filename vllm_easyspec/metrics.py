@@ -89,6 +89,7 @@ class DraftStatistics:
         self.reset()
 
     def reset(self) -> None:
+        """Start counting and timing from zero."""
         self.stages = {"calibrate": PassCounters(), "draft": PassCounters()}
         self.clock = StageClock(self.device)
         self.rounds = 0

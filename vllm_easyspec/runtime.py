@@ -59,6 +59,7 @@ class DrafterRuntime:
 
     @property
     def graphs(self) -> DraftGraphs | None:
+        """The captured graphs; None without graphs, or once vLLM has dropped its manager."""
         return None if self._graphs is None else self._graphs()
 
     def is_current(self) -> bool:

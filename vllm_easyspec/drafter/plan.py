@@ -16,8 +16,11 @@ class DraftPlan:
     """How one fuzzy step runs: a partition of the drafter's layers into groups of consecutive layers, and a scope.
 
     The layers of a group read the same input. Scope `attention` runs a group's attentions side by side and its MLPs in
-    order; scope `block` runs its MLPs side by side too. A plan of groups of one layer is the precise pass, for which
-    the scope makes no difference: it is always set to `attention`, so that there is only one precise plan.
+    order, as in the EasySpec paper (arXiv 2502.02493); scope `block`, which is not in the paper, runs its MLPs side by
+    side too. A plan of groups of one layer is the precise pass, for which the scope makes no difference: it is always
+    set to `attention`, so that there is only one precise plan.
+
+    group_sizes: layers of each group, in order. Raises ValueError for an empty group or another scope.
     """
 
     group_sizes: tuple[int, ...]
@@ -60,6 +63,7 @@ class DraftPlan:
 
     @classmethod
     def precise(cls, num_layers: int) -> "DraftPlan":
+        """One layer after another."""
         return cls((1,) * num_layers)
 
     @classmethod
