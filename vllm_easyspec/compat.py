@@ -41,7 +41,7 @@ from vllm.config.utils import config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.logger import init_logger
 
-from vllm_easyspec import last_words, support
+from vllm_easyspec import last_words, round_reports, support
 from vllm_easyspec.config import OPTIONS_KEY, EasySpecConfig, RuntimeOptions, is_easyspec, is_path, load
 from vllm_easyspec.errors import ConfigError
 from vllm_easyspec.versions import Support, UnsupportedVllmError, require_supported, vllm_version
@@ -144,6 +144,7 @@ def _teach_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
         vllm_config = original(self, *args, **kwargs)
         if asked:
             support.check_engine(vllm_config)
+            round_reports.make_folder()
             _bind_cpus(vllm_config.parallel_config)
         return vllm_config
 

@@ -1,7 +1,7 @@
 """What a rank counts and times while it drafts."""
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import asdict, dataclass, field, fields
 from statistics import median
 from typing import Any
@@ -14,6 +14,7 @@ from vllm_easyspec.batch import DraftBatch
 from vllm_easyspec.drafter.plan import DraftPlan
 
 STAGES = ("calibrate", "draft", "verify")
+MOST_UNREPORTED = 4096
 
 
 def plan_json(plan: DraftPlan) -> dict[str, Any]:
@@ -47,6 +48,7 @@ class StageClock:
         self.window = window
         self.spans: dict[str, list[Any]] = {stage: [] for stage in STAGES}
         self.open: dict[str, object] = {}
+        self.unreported: deque[tuple[str, Any, Any]] = deque(maxlen=MOST_UNREPORTED)  # stage, begin, end
 
     def _now(self) -> Any:
         if not self.on_cuda:
@@ -65,6 +67,16 @@ class StageClock:
             spans = self.spans[stage]
             spans.append((began, self._now()))
             del spans[: -self.window]
+            self.unreported.append((stage, *spans[-1]))
+
+    def take_finished(self) -> list[tuple[str, float]]:
+        """Stage and seconds of what the device has finished since the last call. Never waits for it."""
+        taken = []
+        while self.unreported and (not self.on_cuda or self.unreported[0][2].query()):
+            stage, began, ended = self.unreported.popleft()
+            seconds = began.elapsed_time(ended) / 1e3 if self.on_cuda else ended - began
+            taken.append((stage, round(seconds, 7)))
+        return taken
 
     def medians(self) -> dict[str, float | None]:
         """Median time of each stage in milliseconds, None where it never ran."""
@@ -98,6 +110,7 @@ class DraftStatistics:
         self.caught_up_tokens = 0  # that paused rounds had skipped and later rounds read
         self.eager_rounds = 0  # rounds whose fuzzy steps did not come from a graph
         self.replays = 0
+        self.low_acceptance_warnings = 0
         # Decoding requests by the tokens of their step that were kept (1 to K + 1); without drafts [0] and with [1].
         self.by_kept_tokens = torch.zeros(2, self.max_drafts + 2, dtype=torch.int64, device=self.device)
         self.ones = torch.ones(1, dtype=torch.int64, device=self.device)

@@ -20,6 +20,7 @@ from vllm_easyspec.graphs import DraftGraphs, open_graphs
 from vllm_easyspec.lookahead import LookaheadFile
 from vllm_easyspec.metrics import DraftStatistics
 from vllm_easyspec.rank_check import assert_same_on_ranks
+from vllm_easyspec.round_reports import RoundReporter
 from vllm_easyspec.runtime import DrafterRuntime, build_runtime, draft_vllm_config, load_drafter, virtual_batch_config
 from vllm_easyspec.settings import DraftSettings, LiveSettings, scheduled_num_drafts
 from vllm_easyspec.watch import AcceptanceWatch
@@ -51,7 +52,9 @@ class EasySpecSpeculator(DraftModelSpeculator):
         self.settings = LiveSettings(configured, self.lookahead_file)
         self.scheduled_num_drafts = scheduled_num_drafts(vllm_config)
         self.statistics = DraftStatistics(device, self.num_speculative_steps)
-        self.watch = AcceptanceWatch(device) if vllm_config.parallel_config.rank == 0 else None
+        is_first = vllm_config.parallel_config.rank == 0
+        self.watch = AcceptanceWatch(device) if is_first else None
+        self.reporter = RoundReporter(vllm_config.parallel_config.data_parallel_rank) if is_first else None
         self.current_step = torch.zeros((), dtype=torch.int64, device=device)
         self.filler_logits: torch.Tensor | None = None  # one-hot at the filler
         if self.draft_logits is not None:
@@ -164,7 +167,9 @@ class EasySpecSpeculator(DraftModelSpeculator):
         self.statistics.count_round(batch, tested, self._is_paused(batch))
         self.statistics.rounds_by_plan[batch.num_drafts, self.settings.current.plans.at(batch.num_reqs)] += 1
         if self.watch is not None:
-            self.watch.after_round(self.statistics.by_kept_tokens)
+            self.statistics.low_acceptance_warnings += self.watch.after_round(self.statistics.by_kept_tokens)
+        if self.reporter is not None:
+            self.reporter.after_round(self.statistics)
 
     def _check_ranks(self, batch: DraftBatch, drafts: torch.Tensor) -> None:
         """Debug: every rank feeds its own drafts to the target, so ids and logits must agree to the bit."""

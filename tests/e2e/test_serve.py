@@ -336,6 +336,27 @@ def test_metrics(server, client):
     assert at_position == ours["accepted_at"] and accepted == sum(at_position)
 
 
+def test_metrics_tell_of_rounds_and_stages(server, client):
+    before = metrics_of(server)
+    complete(client, SOURCES[3])
+    time.sleep(1.1)  # reports are a second apart
+    complete(client, SOURCES[3])
+    assert eventually(lambda: metrics_of(server)["rounds_total"] > before.get("rounds_total", 0))
+    found = metrics_of(server)
+    assert all(found[f"stage_seconds_count {stage}"] > 0 for stage in ("calibrate", "draft", "verify"))
+    assert found["eager_rounds_total"] > 0 and found["paused_rounds_total"] == 0
+
+
+def metrics_of(server) -> dict[str, float]:
+    """easyspec's samples by name and stage, added up over other labels."""
+    found: dict[str, float] = {}
+    for line in server.get("/metrics").splitlines():
+        if match := re.match(r'vllm:easyspec_(\w+)\{(?:.*stage="(\w+)")?.*\} (\S+)$', line):
+            name = " ".join(filter(None, match.groups()[:2]))
+            found[name] = found.get(name, 0.0) + float(match[3])
+    return found
+
+
 def test_every_rank_answers_rpcs(server):
     ranks = server.rpc("easyspec_stats")
     assert [rank["rank"] for rank in ranks] == list(range(RANKS))

@@ -1,0 +1,75 @@
+"""What a worker's rounds did, on vLLM's `/metrics` and in its log.
+
+The worker of rank 0 sends what is new about once a second, as one datagram of JSON, to a Unix socket that the API
+server's stat logger reads. The sender never waits: not for the device, and not for a reader, which an offline engine
+doesn't have.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from vllm_easyspec.metrics import DraftStatistics
+
+FOLDER = "EASYSPEC_ROUND_REPORTS"  # of the environment: a folder with a socket for each engine
+SECONDS = 1.0  # between two reports
+COUNTERS = ("paused_rounds", "caught_up_tokens", "eager_rounds", "replays", "low_acceptance_warnings")
+
+
+def make_folder() -> None:
+    """Name a folder for the sockets to the processes that this one starts. May be repeated."""
+    if FOLDER in os.environ:
+        return
+    folder = tempfile.mkdtemp(prefix="easyspec-")
+    os.environ[FOLDER] = folder
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
+def address(engine_index: int) -> str | None:
+    """The socket's path; None where no process made a folder."""
+    folder = os.environ.get(FOLDER)
+    return None if folder is None else str(Path(folder) / str(engine_index))
+
+
+class RoundReporter:
+    """Sends the rounds of one engine."""
+
+    def __init__(self, engine_index: int):
+        self.address = address(engine_index)
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.setblocking(False)
+        self.due = time.monotonic() + SECONDS
+        self.counted: Counter[Any] = Counter()  # at the last report
+
+    def after_round(self, statistics: DraftStatistics) -> None:
+        """Report what has happened since the last report, if that is long enough ago."""
+        now = time.monotonic()
+        if now < self.due or self.address is None:
+            return
+        self.due = now + SECONDS
+        report = json.dumps(self._new(statistics)).encode()
+        with contextlib.suppress(OSError):  # nobody listens, or not fast enough
+            self.socket.sendto(report, self.address)
+
+    def _new(self, statistics: DraftStatistics) -> dict[str, Any]:
+        counts: Counter[Any] = Counter({name: getattr(statistics, name) for name in COUNTERS})
+        counts.update(statistics.rounds_by_plan)
+        # Counts that went down began anew: `easyspec_stats` was asked to reset them.
+        new = {key: count - self.counted[key] if count >= self.counted[key] else count for key, count in counts.items()}
+        self.counted = counts
+        return {
+            "stage_seconds": statistics.clock.take_finished(),
+            "counters": {name: new[name] for name in COUNTERS},
+            "rounds": [
+                [num_drafts, plan.scope, plan.grouping, new[num_drafts, plan]]
+                for num_drafts, plan in statistics.rounds_by_plan
+            ],
+        }
