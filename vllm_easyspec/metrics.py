@@ -121,6 +121,8 @@ class DraftStatistics:
         """tested: `[reqs] bool`, requests whose drafts the target tested. Never waits for the device."""
         self.rounds += 1
         self.paused_rounds += paused
+        if paused and not batch.prefilling.any() and not tested.any():
+            return  # a token of each request, neither drafted for nor calibrated
         if not batch.prefilling.any() and tested.all():
             self.by_kept_tokens[1].scatter_add_(0, batch.num_valid, self.ones.expand(batch.num_reqs))
             if paused:
