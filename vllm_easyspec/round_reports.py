@@ -1,8 +1,8 @@
-"""What a worker's rounds did, on vLLM's `/metrics` and in its log.
+"""Sends a worker's counts and times to the API server, for vLLM's `/metrics` and its log.
 
-The worker of rank 0 sends what is new about once a second, as one datagram of JSON, to a Unix socket that the API
-server's stat logger reads. The sender never waits: not for the device, and not for a reader, which an offline engine
-doesn't have.
+About once per second the worker of rank 0 sends what is new, as one datagram of JSON, to a Unix socket that the API
+server's stat logger reads. The sender never waits for the device, nor for a reader, which an offline engine doesn't
+have.
 """
 
 import atexit
@@ -25,7 +25,8 @@ COUNTERS = ("paused_rounds", "caught_up_tokens", "eager_rounds", "replays", "low
 
 
 def make_folder() -> None:
-    """Name a folder for the sockets to the processes that this one starts. May be repeated."""
+    """Create a folder for the sockets, named in the environment of the processes that this one starts. May be repeated.
+    """
     if FOLDER in os.environ:
         return
     folder = tempfile.mkdtemp(prefix="easyspec-")
@@ -34,7 +35,7 @@ def make_folder() -> None:
 
 
 def address(engine_index: int) -> str | None:
-    """The socket's path; None where no process made a folder."""
+    """The socket's path; None if no process created a folder."""
     folder = os.environ.get(FOLDER)
     return None if folder is None else str(Path(folder) / str(engine_index))
 
@@ -56,13 +57,13 @@ class RoundReporter:
             return
         self.due = now + SECONDS
         report = json.dumps(self._new(statistics)).encode()
-        with contextlib.suppress(OSError):  # nobody listens, or not fast enough
+        with contextlib.suppress(OSError):  # no reader, or one that is too slow
             self.socket.sendto(report, self.address)
 
     def _new(self, statistics: DraftStatistics) -> dict[str, Any]:
         counts: Counter[Any] = Counter({name: getattr(statistics, name) for name in COUNTERS})
         counts.update(statistics.rounds_by_plan)
-        # Counts that went down began anew: `easyspec_stats` was asked to reset them.
+        # Counts that went down were reset by `easyspec_stats`.
         new = {key: count - self.counted[key] if count >= self.counted[key] else count for key, count in counts.items()}
         self.counted = counts
         return {

@@ -66,7 +66,7 @@ class EasySpecStatLogger(StatLoggerBase):
             self.socket = _bound(path)
 
     def log_engine_initialized(self) -> None:
-        """Have every series that needs no further label there from the beginning."""
+        """Create every series that needs no more labels from the beginning."""
         if self.socket is not None:
             for name in COUNTERS:
                 metrics()[name].labels(*self.labels)
@@ -94,7 +94,7 @@ class EasySpecStatLogger(StatLoggerBase):
             metrics()["rounds"].labels(*self.labels, scope, plan, str(num_drafts)).inc(count)
 
     def log(self) -> None:
-        """One line, beside vLLM's own, for the time since the last one."""
+        """One line, next to vLLM's own, for the time since the last one."""
         stages, self.seconds = self.seconds, {}
         if stages.get("draft"):
             told = ", ".join(f"{stage} {1e3 * median(times):.2f} ms" for stage, times in sorted(stages.items()))
@@ -102,7 +102,7 @@ class EasySpecStatLogger(StatLoggerBase):
 
 
 def _bound(path: str) -> socket.socket | None:
-    """None where another API server of this engine reads the reports already."""
+    """None if another API server of this engine reads the reports already."""
     reader = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     reader.setblocking(False)
     try:

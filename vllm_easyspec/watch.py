@@ -21,7 +21,7 @@ class AcceptanceWatch:
         self.copied = torch.cuda.Event() if device.type == "cuda" else None
 
     def after_round(self, by_kept_tokens: torch.Tensor) -> bool:
-        """Whether acceptance was found too low. by_kept_tokens: `[2, K + 2] int64`, of `DraftStatistics`."""
+        """Whether acceptance turned out too low. by_kept_tokens: `[2, K + 2] int64`, of `DraftStatistics`."""
         self.rounds += 1
         if self.rounds % ROUNDS:
             return False
