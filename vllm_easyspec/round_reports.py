@@ -25,8 +25,7 @@ COUNTERS = ("paused_rounds", "caught_up_tokens", "eager_rounds", "replays", "low
 
 
 def make_folder() -> None:
-    """Create a folder for the sockets, named in the environment of the processes that this one starts. May be repeated.
-    """
+    """Create a folder for the sockets, and name it in the environment of child processes. May be repeated."""
     if FOLDER in os.environ:
         return
     folder = tempfile.mkdtemp(prefix="easyspec-")
