@@ -59,7 +59,7 @@ def _audit_request(
         return AuditedRequest(request_id, tokens, uncalibrated, 0.0)
     ids = runner.req_states.all_token_ids.gpu[index, :tokens].to(speculator.device).long()
     oracle = DensePass(tokens, model.shape.sliding_window, speculator.device)
-    model(ids.clamp(max=model.shape.vocab_size - 1), speculator.precise, oracle)
+    model(ids.clamp(max=model.vocab_size - 1), speculator.precise, oracle)
     blocks = -(-tokens // pages.block_size)
     table = runner.block_tables.block_tables[0].gpu[index, :blocks].long()
     differences = [

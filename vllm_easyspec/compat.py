@@ -240,7 +240,7 @@ def _build_speculative_config(fields: dict[str, Any], options: RuntimeOptions) -
             f"vLLM can't use model={fields['model']!r} as this target's drafter, or another field: "
             + "; ".join(" ".join(cause.split()) for cause in causes)
         ) from error
-    support.check_drafter(built, options.layer_parallel)
+    support.check_drafter(built, options)
     support.check_maps(built, options)
     support.check_draft_vocabulary(built, options)
     return built

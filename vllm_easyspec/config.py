@@ -43,8 +43,6 @@ REFUSED_FIELDS = {
     "quantization": "only unquantized drafters are supported. Remove it, and use the drafter's unquantized checkpoint",
     "parallel_drafting": "it needs a drafter trained for it and vLLM's own proposer. Remove it, or use vLLM's own "
     "method: draft_model",
-    "use_heterogeneous_vocab": "the drafter must share the target's vocabulary, padding at the end aside. Remove it, "
-    "and choose a drafter of the target's family",
     "kv_cache_dtype": "the drafter's K/V pages lie in the target's allocation and have its type. Remove it",
     "moe_backend": "supported drafters are dense. Remove it; the target's is --moe-backend",
     "enforce_eager": "vLLM reads it nowhere. Remove it, and give the engine --enforce-eager",
@@ -299,6 +297,11 @@ class RuntimeOptions(_Strict):
         "special tokens), or a file that vllm-easyspec fit --vocabulary writes; left out, all of them",
     )
 
+    use_heterogeneous_vocab: bool = Field(
+        default=False,
+        description="true (the drafter has another tokenizer: drafts come from the tokens that both have) or false",
+    )
+
     @classmethod
     def from_vllm(cls, vllm_config: Any) -> "RuntimeOptions":
         """The options of a running engine, from its `VllmConfig`."""
@@ -325,6 +328,7 @@ class RuntimeOptions(_Strict):
             "check_ranks": self.check_ranks,
             **({"lookahead": self.lookahead} if self.lookahead else {}),
             **({"draft_vocabulary": self.draft_vocabulary} if self.draft_vocabulary else {}),
+            **({"use_heterogeneous_vocab": True} if self.use_heterogeneous_vocab else {}),
         }
 
 
@@ -396,6 +400,15 @@ class EasySpecConfig(RuntimeOptions):
                     f"{name} is more than num_speculative_tokens={max_drafts}, the most that a round may draft. Raise "
                     "that one, or lower this one"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _one_choice_of_tokens(self) -> "EasySpecConfig":
+        if self.use_heterogeneous_vocab and self.draft_vocabulary is not None:
+            raise ValueError(
+                f"draft_vocabulary={shown(self.draft_vocabulary)} stands beside use_heterogeneous_vocab=True, which "
+                "chooses the tokens itself. Remove draft_vocabulary"
+            )
         return self
 
     def drafts_by_batch_size(self) -> list[list[int]] | None:

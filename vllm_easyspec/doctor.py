@@ -139,6 +139,10 @@ def _vocabulary(config: EasySpecConfig, shape: DrafterShape, target: str | None)
     from vllm.transformers_utils.config import get_hf_text_config
 
     size = get_hf_text_config(support.read_hf_config(target, revision=None)).vocab_size
+    if config.use_heterogeneous_vocab:
+        own = support.read_tokenizer(config.model, config.revision, shape.vocab_size)
+        theirs = support.read_tokenizer(target, None, size)
+        return support.shared_tokens(own, theirs, shape.vocab_size, size).describe_shared()
     sizes = support.check_vocabulary(shape.vocab_size, size, lambda: _count_token_ids(target))
     tokens = support.check_tokens(
         lambda: support.read_tokenizer(config.model, config.revision, shape.vocab_size),

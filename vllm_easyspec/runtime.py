@@ -239,6 +239,6 @@ def build_runtime(
     max_len = min(target_len, spec.draft_model_config.max_model_len) if spec else target_len
     # Where logits of drafts are kept, requests that pad a graph would overwrite those of others.
     bounds = DraftBounds(draft_tokens.shape[1], max_len, max_len < target_len and not keeps_logits)
-    calibration = CalibrationScheduler(model.shape.vocab_size, max_len, block_size, draft_tokens.device)
+    calibration = CalibrationScheduler(model.vocab_size, max_len, block_size, draft_tokens.device)
     loop = DraftLoop(model, pages, calibration, block_table, draft_tokens, sample)
     return DrafterRuntime(model, pages, loop, graphs, bounds, statistics)

@@ -36,12 +36,17 @@ class EasySpecSpeculator(DraftModelSpeculator):
     # A prefilling request's calibration reads one token more than its step: the newest one.
     num_extra_query_per_req = 1
     model: LayerParallelDrafter
+    draft_logits: torch.Tensor | None  # [max reqs, K, vocab], kept for the rejection sampler if drafts are sampled
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, token_ids: torch.Tensor):
         """token_ids: vLLM's tokens of each request, `[max reqs, positions] int32` by index of the request's state."""
         super().__init__(vllm_config, device)
         self.token_ids = token_ids
         self.options = RuntimeOptions.from_vllm(vllm_config)
+        if self.draft_logits is not None and self.options.use_heterogeneous_vocab:
+            # vLLM sized them by the drafter's vocabulary, and drafts are the target's tokens.
+            size = vllm_config.model_config.get_vocab_size()
+            self.draft_logits = self.draft_logits.new_zeros(*self.draft_logits.shape[:2], size)
         self.draft_vllm_config = draft_vllm_config(vllm_config, self.options)
         num_layers = self.draft_model_config.hf_config.num_hidden_layers
         self.precise = DraftPlan.precise(num_layers)
@@ -156,7 +161,7 @@ class EasySpecSpeculator(DraftModelSpeculator):
         num_drafts = batch.num_drafts
         self.draft_tokens[: batch.num_reqs, num_drafts:] = FILLER
         lowered = num_drafts == self.settings.current.num_drafts < self.num_speculative_steps  # by `easyspec_configure`
-        if self.draft_logits is not None and lowered and not batch.dummy:
+        if self.draft_logits is not None and self.filler_logits is not None and lowered and not batch.dummy:
             # Only now, and only for these requests: other drafts are yet to be tested against their own logits.
             self.draft_logits[batch.idx_mapping, num_drafts:] = self.filler_logits
         return self.draft_tokens[: batch.num_reqs]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
 
-from vllm_easyspec.config import METHOD, GroupedAttention, LayerParallelConfig, RuntimeOptions
+from vllm_easyspec.config import METHOD, GroupedAttention, RuntimeOptions
 from vllm_easyspec.drafter.architectures import DrafterShape, UnsupportedDrafterError
 from vllm_easyspec.drafter.vocabulary import (
     DraftVocabulary,
@@ -40,6 +40,8 @@ ATTENTION_BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 # If there is no tokenizer to ask, fewer missing tokens than this in the drafter's vocabulary are assumed to be padding.
 # Vocabularies are padded to multiples of at most 256, on either side; Qwen2.5's differ by 128.
 MOST_PADDING = 512
+
+HETEROGENEOUS = "use_heterogeneous_vocab: true"
 
 # Up to this share of the drafter's tokens may have another name than the target's: Llama 3.1 named some of Llama 3's
 # reserved tokens, and distilled models rename special tokens.
@@ -286,7 +288,7 @@ def read_drafter(
     return _shape(read_hf_config(model, revision, code_revision, trust), model)
 
 
-def check_drafter(config: "SpeculativeConfig", layer_parallel: LayerParallelConfig) -> None:
+def check_drafter(config: "SpeculativeConfig", options: RuntimeOptions) -> None:
     """Raise `ConfigError` if easyspec can't run the drafter, as vLLM configured it, with this target."""
     draft, target = config.draft_model_config, config.target_model_config
     if config.method != "draft_model":
@@ -297,12 +299,32 @@ def check_drafter(config: "SpeculativeConfig", layer_parallel: LayerParallelConf
             f"model={config.model!r} is quantized ({draft.quantization}), and only unquantized drafters are supported. "
             "Give its unquantized checkpoint"
         )
-    layer_parallel.plan_table(shape.num_layers)
+    options.layer_parallel.plan_table(shape.num_layers)
     check_checkpoint(draft.model, draft.revision, shape)
-    check_vocabulary(shape.vocab_size, target.get_vocab_size(), lambda: _target_token_ids(target))
-    told = check_tokens(lambda: _drafters_tokenizer(draft), lambda: _tokenizer_of(target))
+    if options.use_heterogeneous_vocab:
+        told = _shared(config).describe_shared()
+    else:
+        check_vocabulary(shape.vocab_size, target.get_vocab_size(), lambda: _target_token_ids(target))
+        told = check_tokens(lambda: _drafters_tokenizer(draft), lambda: _tokenizer_of(target))
     if told:
         logger.info("easyspec: %s", told)
+
+
+def _shared(config: "SpeculativeConfig") -> DraftVocabulary:
+    draft, target = config.draft_model_config, config.target_model_config
+    sizes = draft.get_vocab_size(), target.get_vocab_size()
+    return shared_tokens(_drafters_tokenizer(draft), _tokenizer_of(target), *sizes)
+
+
+def shared_tokens(drafters: Any, targets: Any, draft_size: int, target_size: int) -> DraftVocabulary:
+    """The tokens that both tokenizers have. Raises `ConfigError` if there are none, or a tokenizer is None."""
+    for whose, tokenizer in (("drafter", drafters), ("target", targets)):
+        if tokenizer is None:
+            raise ConfigError(
+                f"use_heterogeneous_vocab=True compares the tokens of two tokenizers, and the {whose} has none here. "
+                f"Give a {whose} with its tokenizer, and leave --skip-tokenizer-init out"
+            )
+    return DraftVocabulary.shared(drafters, targets, draft_size, target_size)
 
 
 def check_checkpoint(model: str, revision: str | None, shape: DrafterShape) -> None:
@@ -360,12 +382,15 @@ def draft_vocabulary(config: "VllmConfig", options: RuntimeOptions, shape: Draft
     """
     from vllm.distributed import get_tp_group
 
-    wanted = options.draft_vocabulary
-    if wanted is None:
+    wanted, spec = options.draft_vocabulary, config.speculative_config
+    translated = options.use_heterogeneous_vocab and spec is not None  # without an engine there is no target
+    if wanted is None and not translated:
         return None
     group, vocabulary = get_tp_group(), None
-    if group.rank_in_group == 0:
-        spec = config.speculative_config
+    if group.rank_in_group == 0 and wanted is None:
+        vocabulary = _shared(spec)
+    elif group.rank_in_group == 0:
+        assert wanted is not None
         special = special_tokens(config.model_config if spec is None else spec.target_model_config)
         vocabulary = DraftVocabulary.of(wanted, special, shape.vocab_size)
     return group.broadcast_object(vocabulary, src=0) if group.world_size > 1 else vocabulary
@@ -431,7 +456,10 @@ def check_vocabulary(draft_size: int, target_size: int, count_tokens: Callable[[
     if draft_size == target_size:
         return f"{draft_size} tokens in both"
     refused = f"the drafter's vocabulary has vocab_size={draft_size}, the target's vocab_size={target_size}"
-    remedy = "Only padding at the end may differ: choose a drafter of the target's family, with its tokenizer"
+    remedy = (
+        "Only padding at the end may differ: choose a drafter of the target's family, with its tokenizer, or write "
+        + HETEROGENEOUS
+    )
     if draft_size > target_size:
         raise ConfigError(f"{refused}, and it must not be larger. {remedy}")
     tokens = count_tokens()
@@ -469,7 +497,7 @@ def check_tokens(load_drafters: Callable[[], Any], load_targets: Callable[[], An
         f"{first}: {shown(own[first])} in the drafter's and {shown(theirs[first])} in the target's"
     )
     if len(others) > MOST_RENAMED * len(common):
-        raise ConfigError(f"{differ}. Choose a drafter with the target's tokenizer")
+        raise ConfigError(f"{differ}. Choose a drafter with the target's tokenizer, or write {HETEROGENEOUS}")
     return f"{differ}. So few are assumed to be renamed special tokens"
 
 

@@ -106,6 +106,27 @@ def nudged(folder: Path) -> Path:
     return _write(folder, config, changed)
 
 
+def of_another_tokenizer(folder: Path, dropped: int = 32) -> Path:
+    """The drafter with its tokens in another order, and without the last ones."""
+    config, tensors = _read(DRAFTER)
+    kept = config["vocab_size"] - dropped
+    new = torch.randperm(kept, generator=torch.Generator().manual_seed(6)).tolist()  # of each old id
+    rows = torch.empty(kept, dtype=torch.long)
+    rows[new] = torch.arange(kept)
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][rows]
+    ids = {f"{name}_token_id": new[config[f"{name}_token_id"]] for name in ("bos", "eos")}
+    _write(folder, config | {"vocab_size": kept} | ids, tensors)
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    model = tokenizer["model"]
+    model["vocab"] = {token: new[index] for token, index in model["vocab"].items() if index < kept}
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
+    for token in tokenizer["added_tokens"]:
+        token["id"] = new[token["id"]]
+    path.write_text(json.dumps(tokenizer))
+    return folder
+
+
 def embeddings() -> torch.Tensor:
     """The target's, `[vocabulary, hidden]`."""
     return _read(TARGET)[1]["model.embed_tokens.weight"]

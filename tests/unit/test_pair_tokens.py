@@ -29,7 +29,8 @@ def told(monkeypatch):
 
 
 def engine_config(drafter, target=TARGET, **arguments):
-    args = EngineArgs(model=str(target), max_model_len=256, speculative_config=easyspec(drafter), **arguments)
+    given = {"max_model_len": 256, "speculative_config": easyspec(drafter)} | arguments
+    args = EngineArgs(model=str(target), **given)
     return args.create_engine_config()
 
 
@@ -38,7 +39,9 @@ def test_one_size_and_other_tokens(tmp_path, capsys):
     message = "512 of the 512 ids that both tokenizers have stand for different tokens, such as id 0: "
     with pytest.raises(ConfigError, match=message) as error:
         engine_config(drafter)
-    assert "Choose a drafter with the target's tokenizer" in str(error.value) and "\n" not in str(error.value)
+    assert "with the target's tokenizer, or write use_heterogeneous_vocab: true" in str(
+        error.value
+    ) and "\n" not in str(error.value)
     assert main(["doctor", json.dumps(easyspec(drafter)), "--model", str(TARGET)]) == 1
     assert message in capsys.readouterr().err
 
@@ -64,3 +67,22 @@ def test_without_a_tokenizer_tokens_are_not_compared(tmp_path, told):
     assert "the target has no tokenizer here, so the drafter's tokens are not compared" in told()
     engine_config(model_folder(tmp_path / "bare", tokenizer=False))
     assert "the drafter has no tokenizer here" in told()
+
+
+def test_tokens_that_both_have(tmp_path, told, capsys):
+    drafter = with_other_tokens(model_folder(tmp_path / "drafter"), TURNED)
+    translated = easyspec(drafter, use_heterogeneous_vocab=True)
+    engine_config(drafter, speculative_config=translated)
+    line = "another tokenizer: drafts come from the 512 tokens that it shares with the target's 512"
+    assert line in told()
+    assert main(["doctor", json.dumps(translated), "--model", str(TARGET)]) == 0
+    assert line in capsys.readouterr().out
+
+
+def test_translation_needs_both_tokenizers(tmp_path):
+    bare = model_folder(tmp_path / "bare", tokenizer=False)
+    for drafter, more, whose in ((bare, {}, "drafter"), (DRAFTER, {"skip_tokenizer_init": True}, "target")):
+        with pytest.raises(
+            ConfigError, match=f"use_heterogeneous_vocab=True .* the {whose} has none here. Give a {whose}"
+        ):
+            engine_config(drafter, speculative_config=easyspec(drafter, use_heterogeneous_vocab=True), **more)

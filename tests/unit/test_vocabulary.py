@@ -13,7 +13,7 @@ from vllm import EngineArgs
 from vllm_easyspec import plugin
 from vllm_easyspec.cli import main
 from vllm_easyspec.config import OPTIONS_KEY, EasySpecConfig, RuntimeOptions
-from vllm_easyspec.drafter.vocabulary import DraftVocabulary, VocabularyFile, special_ids, tokenizer_hash
+from vllm_easyspec.drafter.vocabulary import DraftVocabulary, VocabularyFile, special_ids, tokenizer_hash, written
 from vllm_easyspec.errors import ConfigError
 from vllm_easyspec.tune.vocabulary import most_used
 
@@ -160,6 +160,58 @@ def test_fit_says_what_cannot_be_counted(tmp_path, capsys, arguments, message):
     assert not (tmp_path / "vocabulary.json").exists()
 
 
+# ---- a drafter with another tokenizer ----
+
+
+class Tokens:
+    """A tokenizer's vocabulary, of which some tokens are special."""
+
+    unk_token_id = None
+    eos_token_id = 0
+
+    def __init__(self, tokens: list[str], special: tuple[str, ...] = ("<end>",)):
+        self.vocabulary = {token: index for index, token in enumerate(tokens)}
+        self.added = {token: self.vocabulary[token] for token in special}
+        self.all_special_ids: list[int] = []
+
+    def get_vocab(self):
+        return self.vocabulary
+
+    def get_added_vocab(self):
+        return self.added
+
+
+# \u0120 and \u2581: a space before a word. \u00c3\u00a9: the two bytes of an e with acute accent.
+BYTES = Tokens(["<end>", "\u0120the", "a", "\u00c3\u00a9", "\u010a", "\u0120of", "<chat>"], ("<end>", "<chat>"))
+PIECES = Tokens(["<unk>", "<end>", "\u2581the", "\u00e9", "<0x0A>", "b", "a", "\u2581of", "<chat>"], ("<unk>", "<end>"))
+
+
+def test_what_tokens_add_to_a_text():
+    assert written(BYTES) == {
+        (True, b"<end>"): 0,
+        (False, b" the"): 1,
+        (False, b"a"): 2,
+        (False, "\u00e9".encode()): 3,
+        (False, b"\n"): 4,
+        (False, b" of"): 5,
+        (True, b"<chat>"): 6,
+    }
+    assert written(PIECES)[False, b"\n"] == 4 and written(PIECES)[False, b"<chat>"] == 8
+
+
+def test_shared_tokens():
+    vocabulary = DraftVocabulary.shared(PIECES, BYTES, 9, 8)
+    assert dict(zip(vocabulary.ids, vocabulary.rows, strict=True)) == {0: 1, 1: 2, 2: 6, 3: 3, 4: 4, 5: 7}
+    assert vocabulary.inputs == (1, 2, 6, 3, 4, 7, 0, 0), "the drafter's end token, its id 0 here, for the others"
+    assert (vocabulary.ids, vocabulary.size) == ((0, 1, 2, 3, 4, 5), 8)
+    assert vocabulary.describe_shared() == (
+        "another tokenizer: drafts come from the 6 tokens that it shares with the target's 8"
+    )
+    assert DraftVocabulary.shared(PIECES, BYTES, 7, 8).rows == (1, 2, 6, 3, 4), "rows that the drafter's head has"
+    with pytest.raises(ConfigError, match="needs tokens that both tokenizers have, and there are none"):
+        DraftVocabulary.shared(Tokens(["x", "<end>"]), Tokens(["y", "<fin>"], ("<fin>",)), 2, 2)
+
+
 # ---- the configuration ----
 
 
@@ -175,6 +227,16 @@ def test_it_reads_back():
         assert config.draft_vocabulary == value
         assert EasySpecConfig.parse(config.to_dict()) == config
         assert "draft_vocabulary" not in config.draft_model()
+
+
+def test_a_drafter_with_another_tokenizer_chooses_its_tokens_itself():
+    config = EasySpecConfig.parse(easyspec(use_heterogeneous_vocab=True))
+    assert EasySpecConfig.parse(config.to_dict()) == config
+    fields, options = config.to_vllm()
+    assert "use_heterogeneous_vocab" not in fields, "vLLM would take its V1 runner"
+    assert RuntimeOptions.from_json(options).use_heterogeneous_vocab
+    with pytest.raises(ConfigError, match="draft_vocabulary=5 stands beside use_heterogeneous_vocab=True.* Remove"):
+        EasySpecConfig.parse(easyspec(use_heterogeneous_vocab=True, draft_vocabulary=5))
 
 
 def test_the_path_counts_from_the_file_it_is_written_in(tmp_path, file):

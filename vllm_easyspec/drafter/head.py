@@ -20,7 +20,7 @@ class DraftHead(nn.Module):
         """vocabulary: None for all tokens, whose rows are then the embedding's where the drafter ties the two."""
         super().__init__()
         rows = shape.vocab_size if vocabulary is None else len(vocabulary.ids)
-        self.vocab_size = shape.vocab_size
+        self.vocab_size = shape.vocab_size if vocabulary is None else vocabulary.size
         self.lm_head = ParallelLMHead(rows, shape.hidden_size, prefix=prefix)
         self.is_embedding = vocabulary is None and shape.tied_embeddings
         if self.is_embedding:
@@ -28,10 +28,11 @@ class DraftHead(nn.Module):
         self.logits_processor = LogitsProcessor(rows)
         tokens = None if vocabulary is None else torch.tensor(vocabulary.ids)
         self.register_buffer("tokens", tokens, persistent=False)
+        self.checkpoint_rows = None if vocabulary is None else vocabulary.rows or vocabulary.ids
 
     def load(self, matrix: torch.Tensor) -> None:
         """Take this rank's rows of the checkpoint's LM head, `[vocab, hidden]`."""
-        rows = matrix if self.tokens is None else matrix[self.tokens.to(matrix.device)]
+        rows = matrix if self.checkpoint_rows is None else matrix[list(self.checkpoint_rows)]
         self.lm_head.weight_loader(self.lm_head.weight, rows)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -77,6 +77,7 @@ class LayerParallelDrafter(nn.Module):
     """One rank's share of the drafter, as vLLM's model loader builds and fills it."""
 
     cos_sin: torch.Tensor  # [positions, rotary dim], as the rotary embedding holds them
+    own_ids: torch.Tensor | None  # [vocab_size] int64: the id that the drafter reads for each of the target's
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
@@ -98,6 +99,9 @@ class LayerParallelDrafter(nn.Module):
         self.embed_tokens = VocabParallelEmbedding(shape.vocab_size, shape.hidden_size, prefix=f"{prefix}.embed_tokens")
         vocabulary = draft_vocabulary(vllm_config, options, shape)
         self.head = DraftHead(shape, self.embed_tokens, vocabulary, prefix=f"{prefix}.lm_head")
+        self.vocab_size = self.head.vocab_size  # ids that the drafter takes and gives, all of them the target's
+        inputs = None if vocabulary is None or vocabulary.inputs is None else torch.tensor(vocabulary.inputs)
+        self.register_buffer("own_ids", inputs, persistent=False)
         self.rotary = get_rope(
             shape.head_dim,
             max_position=max(shape.max_position_embeddings, vllm_config.model_config.max_model_len),
@@ -177,6 +181,8 @@ class LayerParallelDrafter(nn.Module):
         return group_rms_norm(x, self.final_norm.unsqueeze(0), self.shape.rms_norm_eps)[0]
 
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        if self.own_ids is not None:
+            input_ids = self.own_ids[input_ids]
         if self.num_ranks == 1 or input_ids.device.type != "cpu":
             return self.embed_tokens(input_ids)
         # vLLM's own takes ten small operators on a CPU.

@@ -6,6 +6,7 @@ that can't be drafted is one that the drafter gives no probability.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +33,42 @@ def special_ids(tokenizer: Any) -> set[int]:
     return {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
 
 
+def _byte_letters() -> dict[str, int]:
+    """The letters that byte-level BPE writes bytes as: themselves if printable, otherwise from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+
+
+def written(tokenizer: Any) -> dict[tuple[bool, bytes], int]:
+    """What each token adds to a text, and the lowest id that does: (whether it is a special token, UTF-8).
+
+    Tokenizers write a space before a word in different ways, byte-level BPE as U+0120 and SentencePiece as U+2581.
+    """
+    vocabulary, special, letters = tokenizer.get_vocab(), special_ids(tokenizer), _byte_letters()
+    is_byte_level = sum((token[0] == "\u0120") - (token[0] == "\u2581") for token in vocabulary if len(token) > 1) > 0
+    found: dict[tuple[bool, bytes], int] = {}
+    for token, index in sorted(vocabulary.items(), key=lambda item: item[1]):
+        if index in special:
+            text = token.encode(errors="surrogatepass")
+        elif is_byte_level and all(letter in letters for letter in token):
+            text = bytes(letters[letter] for letter in token)
+        elif match := re.fullmatch("<0x([0-9A-F]{2})>", token):
+            text = bytes.fromhex(match[1])
+        else:
+            text = token.replace("\u2581", " ").encode(errors="surrogatepass")
+        found.setdefault((index in special, text), index)
+    return found
+
+
 @dataclass(frozen=True)
 class DraftVocabulary:
-    """The tokens that may be drafted."""
+    """The tokens that may be drafted. Ids are the target's; unless the tokenizers differ, the drafter has the same."""
 
     ids: tuple[int, ...]  # that may be drafted, ascending: of equal logits the lowest id wins, as among all tokens
-    size: int  # ids of the whole vocabulary
+    size: int  # of the whole vocabulary
+    rows: tuple[int, ...] | None = None  # the drafter's id of each of `ids`; None if it is the same
+    inputs: tuple[int, ...] | None = None  # the id that the drafter reads for each of `size`; None if it is the same
 
     @classmethod
     def of(cls, wanted: int | str, special: Iterable[int], size: int) -> "DraftVocabulary | None":
@@ -48,6 +79,33 @@ class DraftVocabulary:
         counted = range(wanted) if isinstance(wanted, int) else VocabularyFile.read(wanted).ids
         ids = tuple(sorted({index for index in (*counted, *special) if index < size}))
         return None if len(ids) == size else cls(ids, size)
+
+    @classmethod
+    def shared(cls, drafters: Any, targets: Any, draft_size: int, target_size: int) -> "DraftVocabulary":
+        """The tokens that two tokenizers both have. The drafter reads its unknown or end token for all others.
+
+        Raises `ConfigError` if there are none.
+        """
+        own = {text: index for text, index in written(drafters).items() if index < draft_size}
+        theirs = {text: index for text, index in written(targets).items() if index < target_size}
+        pairs = sorted((index, own[text]) for text, index in theirs.items() if text in own)
+        if not pairs:
+            raise ConfigError(
+                "use_heterogeneous_vocab=True needs tokens that both tokenizers have, and there are none. Choose "
+                "another drafter"
+            )
+        named = (getattr(drafters, f"{name}_token_id", None) for name in ("unk", "eos"))
+        inputs = [next((index for index in named if index is not None), 0)] * target_size
+        for index, row in pairs:
+            inputs[index] = row
+        ids, rows = zip(*pairs, strict=True)
+        return cls(ids, target_size, rows, tuple(inputs))
+
+    def describe_shared(self) -> str:
+        return (
+            f"another tokenizer: drafts come from the {len(self.ids):,} tokens that it shares with the target's "
+            f"{self.size:,}"
+        )
 
     def share_of(self, documents: Iterable[Iterable[int]]) -> tuple[float, int]:
         """The share of the documents' tokens that may be drafted, and how many tokens they have."""
