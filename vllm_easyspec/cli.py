@@ -96,6 +96,12 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     step.add_argument("--dtype", default="float32", choices=["bfloat16", "float16", "float32"])
     step.add_argument("--load-format", default="auto", help="vLLM's, such as dummy for random weights")
     step.add_argument("--mlp", default="auto", choices=["auto", "tensor", "replicate"])
+    step.add_argument(
+        "--draft-vocabulary",
+        metavar="N",
+        type=_at_least(1),
+        help="draft from the N lowest ids (default: from all tokens)",
+    )
     step.add_argument("--repetitions", type=_at_least(1), default=60)
     _add_output(step)
     step.set_defaults(run=_bench_draft_step)
@@ -188,6 +194,7 @@ def _bench_draft_step(args: argparse.Namespace) -> None:
         load_format=args.load_format,
         mlp=args.mlp,
         repetitions=args.repetitions,
+        draft_vocabulary=args.draft_vocabulary,
     )
     report.write(args.json, report.surroundings() | {"settings": _settings(args), "rows": rows})
     if args.plot:

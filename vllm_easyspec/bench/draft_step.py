@@ -38,12 +38,13 @@ def measure(
     load_format: str = "auto",
     mlp: str = "auto",
     repetitions: int = 60,
+    draft_vocabulary: int | str | None = None,
 ) -> list[dict[str, Any]]:
     """Rows with the keys `scope, plan, ranks, batch, context, step_ms, precise_ms, speedup, floor_ms` and more.
 
     plans: group sizes of each plan, the default plan where None; times are medians in milliseconds.
     """
-    arguments = (drafter, plans, batches, contexts, dtype, load_format, mlp, repetitions)
+    arguments = (drafter, plans, batches, contexts, dtype, load_format, mlp, repetitions, draft_vocabulary)
     by_rank = run_ranks(ranks, _measure_rank, *arguments, timeout_s=1800)
     return [_slowest(rows) for rows in zip(*by_rank, strict=True)]
 
@@ -71,8 +72,10 @@ def _measure_rank(
     load_format: str,
     mlp: str,
     repetitions: int,
+    draft_vocabulary: int | str | None,
 ) -> list[dict[str, Any]]:
-    options = RuntimeOptions(layer_parallel=LayerParallelConfig(mlp=mlp))  # type: ignore[arg-type]
+    layer_parallel = LayerParallelConfig(mlp=mlp)  # type: ignore[arg-type]
+    options = RuntimeOptions(layer_parallel=layer_parallel, draft_vocabulary=draft_vocabulary)
     drafter = EnginelessDrafter(
         path,
         options,
