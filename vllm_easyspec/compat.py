@@ -318,7 +318,8 @@ def usable_cpus(ranks: int) -> list[int]:
 
 
 def cpu_lists(ranks: int, cpus: list[int]) -> str:
-    """VLLM's form of one list of CPUs per rank, such as `0,1|2,3`. With fewer CPUs than ranks, ranks share."""
+    """One list of CPUs per rank in the form of vLLM's setting, such as `0,1|2,3`. With fewer CPUs than ranks, ranks
+    share."""
     if len(cpus) < ranks:
         return "|".join(str(cpus[rank % len(cpus)]) for rank in range(ranks))
     starts = [rank * len(cpus) // ranks for rank in range(ranks + 1)]

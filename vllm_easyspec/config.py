@@ -23,10 +23,10 @@ from vllm_easyspec.errors import ConfigError, shown
 
 METHOD = "easyspec"
 OPTIONS_KEY = "easyspec"  # in vLLM's additional_config
-LOOKAHEAD_HASH_KEY = "lookahead_sha256"  # beside the options there
+LOOKAHEAD_HASH_KEY = "lookahead_sha256"  # next to the options there
 VOCABULARY_HASH_KEY = "draft_vocabulary_sha256"  # likewise
-MOST_ERRORS = 5  # told of one configuration
-MOST_DRAFTS = 256  # far beyond what pays; a typing error should not cost a start of the engine
+MOST_ERRORS = 5  # shown for one configuration
+MOST_DRAFTS = 256  # far more than can pay off; catches typing errors before the engine starts
 
 MlpMode = Literal["auto", "tensor", "replicate"]
 Calibration = Literal["every_round", "never"]
@@ -85,7 +85,7 @@ def _read_grouping(value: Any) -> Any:
     elif type(value) is int:
         value = str(value)
     if not isinstance(value, str):
-        return value  # refused as no text
+        return value  # refused as not a string
     try:
         parse_grouping(value)
     except ValueError:
@@ -135,13 +135,13 @@ class PlanConfig(_Strict):
     @model_validator(mode="after")
     def _one_way_to_group(self) -> "PlanConfig":
         given = [name for name in ("plan", "group_sizes") if getattr(self, name) is not None]
-        beside = [*given[1:], *sorted(self.model_fields_set & BY_RULE)]
-        if given and beside:
+        others = [*given[1:], *sorted(self.model_fields_set & BY_RULE)]
+        if given and others:
             name = given[0]
             value = self.plan if name == "plan" else list(self.group_sizes or ())
             raise ValueError(
-                f"{name}={value} stands beside {', '.join(beside)}, and only one way to group is allowed. Remove "
-                f"{name}, or remove {' and '.join(beside)}"
+                f"{name}={value} is given together with {', '.join(others)}, but only one of them is allowed. Remove "
+                f"{name}, or remove {' and '.join(others)}"
             )
         if self.group_sizes is not None:
             _warn_of_group_sizes()
@@ -149,13 +149,13 @@ class PlanConfig(_Strict):
 
     @property
     def sizes(self) -> tuple[int, ...] | None:
-        """The group sizes that were written, in either form."""
+        """The group sizes that were given, in either form."""
         return self.group_sizes if self.plan is None else parse_grouping(self.plan)
 
     def draft_plan(self, num_layers: int, path: str = "layer_parallel") -> DraftPlan:
         """The plan for a drafter of `num_layers` layers. Raises `ConfigError` where the sizes don't add up.
 
-        path: where this stands in the configuration, for the error.
+        path: the place of this plan in the configuration, for the error.
         """
         if self.sizes is None:
             return DraftPlan.grouped(num_layers, self.group_size, self.precise_head, self.precise_tail, self.scope)
@@ -176,7 +176,7 @@ class PlanConfig(_Strict):
 
 @cache
 def _warn_of_group_sizes() -> None:
-    """Once a process, however often a configuration is read."""
+    """Only once per process, however often a configuration is read."""
     logger.warning(
         "easyspec: group_sizes is now called plan: write plan: 1-4-4-1 in place of group_sizes: [1, 4, 4, 1]"
     )
@@ -200,7 +200,7 @@ class BatchSizePlanConfig(PlanConfig):
 
     @property
     def has_plan(self) -> bool:
-        """False for an entry that only sets K, whose plan is the one beside the table."""
+        """False for an entry that only sets K, which takes the plan outside the table."""
         return self.num_speculative_tokens is None or bool(
             self.model_fields_set & {"scope", "plan", "group_sizes", *BY_RULE}
         )
@@ -225,7 +225,7 @@ class LayerParallelConfig(PlanConfig):
         default=(),
         strict=False,
         description="a list of plans and K for ranges of batch sizes, such as [{up_to: 4, scope: block, plan: 1-8-1, "
-        "num_speculative_tokens: 3}]; larger batches take the plan and the K beside the list",
+        "num_speculative_tokens: 3}]; larger batches take the plan and the K outside the list",
     )
 
     @model_validator(mode="after")
@@ -247,7 +247,7 @@ class LayerParallelConfig(PlanConfig):
     def plan_table(self, num_layers: int) -> PlanTable:
         """The plans of all batch sizes for a drafter of `num_layers` layers.
 
-        Raises `ConfigError` where the sizes of some plan, used or not, don't add up.
+        Raises `ConfigError` if the sizes of any plan, used or not, don't add up.
         """
         beyond = self.draft_plan(num_layers)
         return PlanTable.of(
@@ -315,7 +315,7 @@ class RuntimeOptions(_Strict):
 
     @classmethod
     def from_json(cls, options: Mapping[str, Any]) -> "RuntimeOptions":
-        """The options in `additional_config`: what `to_json` gave, with a hash beside it where a file is named."""
+        """The options in `additional_config`: what `to_json` gave, and hashes of the files that it names."""
         hashes = (LOOKAHEAD_HASH_KEY, VOCABULARY_HASH_KEY)
         return cls.model_validate({key: value for key, value in options.items() if key not in hashes})
 
@@ -341,7 +341,7 @@ class EasySpecConfig(RuntimeOptions):
         ge=1, le=MOST_DRAFTS, description=f"tokens drafted per round (K): an integer from 1 to {MOST_DRAFTS}, such as 5"
     )
 
-    # vLLM's own fields, passed through as they are.
+    # vLLM's own fields, passed through unchanged.
     draft_sample_method: Literal["greedy", "probabilistic"] | None = Field(
         default=None, description="'greedy' or 'probabilistic'"
     )
@@ -390,8 +390,8 @@ class EasySpecConfig(RuntimeOptions):
             name = f"layer_parallel.by_batch_size[{index}].num_speculative_tokens={num_drafts}"
             if self.num_speculative_tokens_per_batch_size is not None:
                 raise ValueError(
-                    f"{name} stands beside num_speculative_tokens_per_batch_size="
-                    f"{self.num_speculative_tokens_per_batch_size}, and only one of the two may set K by batch size. "
+                    f"{name} is given together with num_speculative_tokens_per_batch_size="
+                    f"{self.num_speculative_tokens_per_batch_size}, but only one of the two may set K by batch size. "
                     "Remove num_speculative_tokens_per_batch_size, or num_speculative_tokens from all entries of "
                     "by_batch_size"
                 )
@@ -406,13 +406,13 @@ class EasySpecConfig(RuntimeOptions):
     def _one_choice_of_tokens(self) -> "EasySpecConfig":
         if self.use_heterogeneous_vocab and self.draft_vocabulary is not None:
             raise ValueError(
-                f"draft_vocabulary={shown(self.draft_vocabulary)} stands beside use_heterogeneous_vocab=True, which "
-                "chooses the tokens itself. Remove draft_vocabulary"
+                f"draft_vocabulary={shown(self.draft_vocabulary)} is given together with use_heterogeneous_vocab=True, "
+                "which chooses the tokens itself. Remove draft_vocabulary"
             )
         return self
 
     def drafts_by_batch_size(self) -> list[list[int]] | None:
-        """VLLM's table of K, `[first batch size, last batch size, K]` a range; None where K is always the same."""
+        """The table of K for vLLM, `[first batch size, last batch size, K]` per range; None if K is always the same."""
         table = self.layer_parallel.by_batch_size
         if all(entry.num_speculative_tokens is None for entry in table):
             return self.num_speculative_tokens_per_batch_size
@@ -422,7 +422,7 @@ class EasySpecConfig(RuntimeOptions):
             ranges.append([first, entry.up_to or first, num_drafts])
             first = ranges[-1][1] + 1
         if table[-1].up_to is not None:
-            ranges.append([first, first, max_drafts])  # vLLM carries the last K on
+            ranges.append([first, first, max_drafts])  # for larger batches vLLM uses the last K
         return ranges
 
     def num_drafts_at(self, batch_size: int) -> int:
@@ -465,7 +465,7 @@ class EasySpecConfig(RuntimeOptions):
         return self.model_dump(mode="json", exclude=ours, exclude_none=True) | self.to_json()
 
     def to_vllm(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """VLLM's own speculative configuration, and the options that go to `additional_config["easyspec"]`."""
+        """The speculative configuration for vLLM, and the options that go to `additional_config["easyspec"]`."""
         # 1 passes vLLM's check of the head counts at any rank count, and Model Runner V2 reads it nowhere else.
         fields = self.draft_model() | {"draft_tensor_parallel_size": 1}
         if self.draft_sample_method != "probabilistic":
@@ -479,7 +479,7 @@ class EasySpecConfig(RuntimeOptions):
         return fields, options
 
     def check_model(self) -> None:
-        """Raise `ConfigError` where `model` is a path on this machine without a model behind it."""
+        """Raise `ConfigError` if `model` is a path on this machine without a model."""
         path = Path(self.model).expanduser()
         if not (path / "config.json").is_file() and (path.exists() or _looks_like_path(self.model)):
             what = "is not a folder with a config.json" if path.exists() else "does not exist"
@@ -515,14 +515,14 @@ def load(value: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_easyspec(config: Mapping[str, Any]) -> bool:
-    """Whether a speculative configuration asks for easyspec. Raises `ConfigError` where it nearly does."""
+    """Whether a speculative configuration asks for easyspec. Raises `ConfigError` if it almost does."""
     method = config.get("method")
     if method == METHOD:
         return True
     if isinstance(method, str) and re.sub("[^a-z]", "", method.lower()) == METHOD:
         raise ConfigError(f"method={method!r} is unknown. Write method: easyspec")
     if method is None and "layer_parallel" in config:
-        raise ConfigError("method is missing beside layer_parallel. Write method: easyspec")
+        raise ConfigError("method is missing, but layer_parallel is given. Write method: easyspec")
     return False
 
 
@@ -577,7 +577,7 @@ def _refuse_known_fields(fields: Mapping[str, Any], prefix: str) -> None:
             )
 
 
-# The fields at each place where a mapping may stand.
+# The model of each place that may contain a mapping.
 _OWNERS: dict[tuple[str, ...], type[BaseModel]] = {
     ("layer_parallel",): LayerParallelConfig,
     ("layer_parallel", "by_batch_size"): BatchSizePlanConfig,
@@ -599,5 +599,5 @@ def _explain(error: Any) -> str:
     description = owner.model_fields[name].description
     if error["type"] == "missing":
         return f"{path} is missing. Add it: {description}"
-    message = error["msg"].replace("Tuple", "List").replace("tuple", "list")  # YAML and JSON have lists only
+    message = error["msg"].replace("Tuple", "List").replace("tuple", "list")  # YAML and JSON only have lists
     return f"{path}={shown(error['input'])} is not allowed: {message}. Give {description}"

@@ -14,7 +14,7 @@ from vllm_easyspec.errors import ConfigError
 from vllm_easyspec.lookahead import check_lookahead
 from vllm_easyspec.versions import Support, installed, require_supported, vllm_version
 
-VOCABULARY_PADDING = 64  # vLLM pads the vocabulary to a multiple of this before it cuts it over the ranks
+VOCABULARY_PADDING = 64  # vLLM pads the vocabulary to a multiple of this before it shards it
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class RankMemory:
 
     attention: int
     mlp: int
-    embedding: int  # the embedding, the LM head where it is untied, and the final norm
+    embedding: int  # the embedding, the LM head if it is untied, and the final norm
     kv_per_token: int
 
     @property
@@ -36,7 +36,7 @@ def rank_memory(
 ) -> RankMemory:
     """Weights and K/V of one rank: whole attentions of its own layers, its part of everything else.
 
-    drafted: tokens of a draft vocabulary, whose rows the LM head holds; 0 without one.
+    drafted: tokens of the draft vocabulary, whose rows the LM head has; 0 without one.
     """
     layers, ranks = len(placement.layers_of(rank)), placement.num_ranks
     width = len(mlp.shard(shape.intermediate_size, rank, ranks))
@@ -64,9 +64,9 @@ def diagnose(
     device: str | None = None,
     prompts: Sequence[Sequence[int]] = (),
 ) -> list[str]:
-    """The report, a line each. Raises `ConfigError` or `UnsupportedVllmError` for the first thing that can't work.
+    """The lines of the report. Raises `ConfigError` or `UnsupportedVllmError` for the first thing that can't work.
 
-    prompts: token ids, of which it tells the share that may be drafted.
+    prompts: token ids, of which the report gives the share that may be drafted.
     """
     version = vllm_version()
     require_supported(version)
@@ -78,7 +78,7 @@ def diagnose(
     plans = config.layer_parallel.plan_table(shape.num_layers)
     vocabulary = _vocabulary(config, shape, target)
     drafted = _draft_vocabulary(config, shape, target)
-    # A drafter takes the target's type, and `auto` loads float32 checkpoints at 16 bits too.
+    # A drafter has the target's dtype, and `auto` loads float32 checkpoints in 16 bits too.
     itemsize = 4 if dtype == "float32" else 2
     device = device or _this_device()
     mlp = choose_mlp(config.layer_parallel.mlp, shape, num_ranks, itemsize, device)
@@ -103,10 +103,10 @@ def diagnose(
 
 
 def _plan_lines(plans: PlanTable, config: EasySpecConfig) -> Iterator[str]:
-    """The plan of the largest batches, then all of them where batch sizes differ."""
+    """The plan of the largest batches, then all plans if batch sizes differ."""
     plan = plans.largest
     yield (
-        f"plan        {plan.grouping}, scope {plan.scope}: {plan.sequential_steps} sublayers one after another where "
+        f"plan        {plan.grouping}, scope {plan.scope}: {plan.sequential_steps} sequential sublayers, "
         f"the precise pass has {2 * plan.num_layers}"
     )
     first = 1

@@ -1,8 +1,8 @@
-"""An error of easyspec as the last line that `vllm serve` prints, in whichever of vLLM's processes it arose.
+"""Makes an error of easyspec the last line that `vllm serve` prints, whichever of vLLM's processes raised it.
 
-vLLM's processes don't hand errors on: the one that the user started ends with a traceback and "See root cause above".
-So a process that meets an error of ours leaves its text in a file that the environment names, and the first process
-prints it after the traceback. An error of ours in the first process itself needs no traceback.
+vLLM's processes don't pass errors on: the one that the user started ends with a traceback and "See root cause above".
+So a process that raises an error of ours writes its text to a file that the environment names, and the first process
+prints it after the traceback. An error of ours in the first process itself is printed without a traceback.
 """
 
 import atexit
@@ -20,7 +20,7 @@ FILE = "EASYSPEC_LAST_WORDS"  # of the environment
 
 
 def print_at_the_end() -> None:
-    """Have this process, a command that starts an engine, print the error that ends it. May be repeated."""
+    """Make this process, a command that starts an engine, print the error that ends it. May be repeated."""
     if sys.excepthook is _hook:
         return
     file, name = tempfile.mkstemp(prefix="easyspec-")
@@ -32,12 +32,12 @@ def print_at_the_end() -> None:
 
 @contextmanager
 def leaving() -> Iterator[None]:
-    """Leave the error that ends this block for the first process to print; it is raised all the same."""
+    """Save the error that ends this block for the first process to print, and raise it."""
     try:
         yield
     except (ConfigError, ValueError) as error:
         if name := os.environ.get(FILE):
-            with suppress(OSError):  # on another host there is no such folder
+            with suppress(OSError):  # another host doesn't have the folder
                 Path(name).write_text(" ".join(str(error).split()))
         raise
 

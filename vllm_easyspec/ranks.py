@@ -125,7 +125,7 @@ def _rank_main(
 
 @contextmanager
 def _tensor_parallel(rank: int, group: _Group) -> Iterator[None]:
-    """VLLM's distributed state, as its worker sets it up."""
+    """The distributed state of vLLM, set up as by its worker."""
     if current_platform.is_cpu():
         import vllm.v1.worker.cpu.shm  # noqa: F401 - adds torch functions that a CPU lacks, as vLLM's worker does
     else:

@@ -241,7 +241,7 @@ class EasySpecSpeculator(DraftModelSpeculator):
         self.runtime.capture(batch_sizes, num_drafts, self.settings.current)
 
     def _profile(self, input_batch: InputBatch) -> torch.Tensor:
-        """VLLM's memory profiling, before pages exist: a whole batch through the precise pass, and its logits."""
+        """For vLLM's memory profiling, before pages exist: the precise pass over a whole batch, and its logits."""
         hidden = self.model(input_batch.input_ids.long(), self.precise, UnpagedPass(input_batch.positions))
         self.model.compute_logits(hidden[: input_batch.num_reqs])
         return self.draft_tokens[: input_batch.num_reqs]

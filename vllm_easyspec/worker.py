@@ -91,7 +91,7 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
         first goes back to the configuration, its table by batch size included.
         """
         if plan is not None and group_sizes is not None:
-            raise ValueError(f"plan={plan!r} stands beside group_sizes={group_sizes}. Remove group_sizes")
+            raise ValueError(f"plan={plan!r} is given together with group_sizes={group_sizes}. Remove group_sizes")
         chosen = group_sizes if plan is None else plan
         self.speculator.settings.change(scope, chosen, num_speculative_tokens, calibration, lookahead, restore)
         self.speculator.statistics.reset()

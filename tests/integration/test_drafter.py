@@ -235,12 +235,12 @@ def test_a_layer_has_pages_on_one_rank_only(case, ranks, results_at):
         (
             "nan",
             "the drafter's checkpoint holds NaN or infinity: in what became w_down[3] on rank 0. Get its files "
-            "anew, or serve without --speculative-config",
+            "again, or serve without --speculative-config",
         ),
         (
             "infinity",
             "the drafter's checkpoint holds NaN or infinity: in what became embed_tokens.weight[0] on rank 0. Get its "
-            "files anew, or serve without --speculative-config",
+            "files again, or serve without --speculative-config",
         ),
     ],
 )

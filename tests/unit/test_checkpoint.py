@@ -29,7 +29,7 @@ def test_the_tiny_drafter_is_sound():
 @pytest.mark.parametrize("kept", [0, 4, 100, -1], ids=["empty", "no length", "no header", "a byte short"])
 def test_a_file_cut_short_is_named(weights, kept):
     weights.write_bytes(weights.read_bytes()[:kept])
-    with pytest.raises(ConfigError, match="Get the file anew") as error:
+    with pytest.raises(ConfigError, match="Get the file again") as error:
         check_files(weights.parent, SHAPE)
     assert str(error.value).startswith(str(weights)) and "\n" not in str(error.value)
 

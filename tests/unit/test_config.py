@@ -249,11 +249,11 @@ WRONG = {
     "a plan is a truth value": ({"layer_parallel": {"plan": True}}, "layer_parallel.plan=True.*valid string"),
     "two forms of a plan": (
         {"layer_parallel": {"plan": "1-4", "group_sizes": [1, 4]}},
-        r"^layer_parallel.plan=1-4 stands beside group_sizes.*Remove plan, or remove group_sizes$",
+        r"^layer_parallel.plan=1-4 is given together with group_sizes.*Remove plan, or remove group_sizes$",
     ),
     "a plan beside a rule": (
         {"layer_parallel": {"plan": "1-4", "group_size": 4}},
-        r"^layer_parallel.plan=1-4 stands beside group_size.*Remove plan, or remove group_size$",
+        r"^layer_parallel.plan=1-4 is given together with group_size.*Remove plan, or remove group_size$",
     ),
     "a K above that of all": (
         {"layer_parallel": {"by_batch_size": [{"up_to": 2, "num_speculative_tokens": 5}]}},
@@ -268,18 +268,19 @@ WRONG = {
             "layer_parallel": {"by_batch_size": [{"num_speculative_tokens": 2}]},
             "num_speculative_tokens_per_batch_size": [[1, 8, 4]],
         },
-        r"^layer_parallel.by_batch_size\[0\].num_speculative_tokens=2 stands beside num_speculative_tokens_per_batch_"
-        r"size=\[\[1, 8, 4\]\], and only one of the two may set K.*Remove num_speculative_tokens_per_batch_size, or",
+        r"^layer_parallel.by_batch_size\[0\].num_speculative_tokens=2 is given together with num_speculative_"
+        r"tokens_per_batch_size=\[\[1, 8, 4\]\], but only one of the two may set K.*Remove num_speculative_tokens_per_batch_size, or",
     ),
     "no groups": ({"layer_parallel": {"group_sizes": []}}, r"group_sizes=\[\].*at least 1 item"),
     "sizes are text": ({"layer_parallel": {"group_sizes": "1,4"}}, "group_sizes='1,4'.*valid list"),
     "both ways to group": (
         {"layer_parallel": {"group_sizes": [1, 4], "group_size": 4}},
-        r"^layer_parallel.group_sizes=\[1, 4\] stands beside group_size.*Remove group_sizes, or remove group_size$",
+        r"^layer_parallel.group_sizes=\[1, 4\] is given together with group_size.*Remove group_sizes, or "
+        r"remove group_size$",
     ),
-    "a head beside sizes": (
+    "a head and sizes": (
         {"layer_parallel": {"group_sizes": [1, 4], "precise_head": 1}},
-        "stands beside precise_head",
+        "is given together with precise_head",
     ),
     "group_size 0": ({"layer_parallel": {"group_size": 0}}, "layer_parallel.group_size=0.*at least 1"),
     "negative head": ({"layer_parallel": {"precise_head": -1}}, "layer_parallel.precise_head=-1.*at least 0"),
@@ -303,7 +304,8 @@ WRONG = {
     ),
     "both ways to group in a table": (
         {"layer_parallel": {"by_batch_size": [{"group_sizes": [1, 4], "group_size": 4}]}},
-        r"^layer_parallel.by_batch_size\[0\].group_sizes=\[1, 4\] stands beside group_size, .*Remove group_sizes, or",
+        r"^layer_parallel.by_batch_size\[0\].group_sizes=\[1, 4\] is given together with group_size, "
+        r".*Remove group_sizes, or",
     ),
     "up to 0": ({"layer_parallel": {"by_batch_size": [{"up_to": 0}]}}, r"by_batch_size\[0\].up_to=0.*at least 1"),
     "an open entry before another": (
@@ -399,7 +401,7 @@ def test_a_misspelt_method(method):
 
 
 def test_a_forgotten_method():
-    with pytest.raises(ConfigError, match="method is missing beside layer_parallel"):
+    with pytest.raises(ConfigError, match="method is missing, but layer_parallel is given"):
         load_and_ask({"model": "x", "layer_parallel": {}})
 
 

@@ -30,7 +30,7 @@ def test_a_sound_pair(capsys):
     code, report, err = doctor(capsys, TINY, "--model", TARGET, "--tensor-parallel-size", 2, "--device", "cpu")
     assert (code, err) == (0, "")
     assert "LlamaForCausalLM, 10 layers, 4 heads, 2 K/V heads of 32" in report["drafter"]
-    assert "1-4-4-1, scope attention: 14 sublayers one after another where the precise pass has 20" in report["plan"]
+    assert "1-4-4-1, scope attention: 14 sequential sublayers, the precise pass has 20" in report["plan"]
     assert "layers 0, 2, 4, 6, 8;" in report["rank 0"] and "layers 1, 3, 5, 7, 9;" in report["rank 1"]
     assert "K/V 1280 bytes per token" in report["rank 0"], "5 layers x K and V x 2 heads x 32 x 2 bytes"
     assert "512 tokens in both" in report["vocabulary"]

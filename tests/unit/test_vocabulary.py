@@ -235,7 +235,9 @@ def test_a_drafter_with_another_tokenizer_chooses_its_tokens_itself():
     fields, options = config.to_vllm()
     assert "use_heterogeneous_vocab" not in fields, "vLLM would take its V1 runner"
     assert RuntimeOptions.from_json(options).use_heterogeneous_vocab
-    with pytest.raises(ConfigError, match="draft_vocabulary=5 stands beside use_heterogeneous_vocab=True.* Remove"):
+    with pytest.raises(
+        ConfigError, match="draft_vocabulary=5 is given together with use_heterogeneous_vocab=True.* Remove"
+    ):
         EasySpecConfig.parse(easyspec(use_heterogeneous_vocab=True, draft_vocabulary=5))
 
 

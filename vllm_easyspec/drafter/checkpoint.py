@@ -1,4 +1,4 @@
-"""What the headers of a drafter's safetensors files tell before anything is loaded."""
+"""Checks of a drafter's safetensors files, from their headers, before anything is loaded."""
 
 import json
 import struct
@@ -9,14 +9,14 @@ from vllm_easyspec.drafter.architectures import DrafterShape
 from vllm_easyspec.drafter.weights import expected_shapes
 from vllm_easyspec.errors import ConfigError
 
-LARGEST_HEADER = 100_000_000  # bytes; the format's own bound
-GET_ANEW = "Get the file anew"
+LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
+GET_AGAIN = "Get the file again"
 
 
 def check_files(folder: Path, shape: DrafterShape) -> None:
-    """Raise `ConfigError`, which names file and tensor, for a file cut short or a tensor of another shape.
+    """Raise `ConfigError`, which names file and tensor, for a truncated file or a tensor of a wrong shape.
 
-    folder: where the checkpoint lies; without safetensors files there, nothing is checked.
+    folder: of the checkpoint; without safetensors files in it, nothing is checked.
     """
     expected = dict(expected_shapes(shape))
     for path in sorted(folder.glob("*.safetensors")):
@@ -42,7 +42,7 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
         end = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
         shapes = {name: tuple(entry["shape"]) for name, entry in tensors.items()}
     except (AttributeError, KeyError, TypeError, ValueError, struct.error) as error:
-        raise ConfigError(f"{path} is not a whole safetensors file: {error}. {GET_ANEW}") from error
+        raise ConfigError(f"{path} is not a whole safetensors file: {error}. {GET_AGAIN}") from error
     if size < end:
-        raise ConfigError(f"{path} is cut short: {size:,} of {end:,} bytes are there. {GET_ANEW}")
+        raise ConfigError(f"{path} is cut short: {size:,} of {end:,} bytes are there. {GET_AGAIN}")
     return shapes

@@ -1,7 +1,7 @@
-"""Which tokens may be drafted: the drafter's LM head then reads these rows only, a quarter of a small drafter's bytes.
+"""Which tokens may be drafted: the drafter's LM head then has only their rows.
 
-Nothing else changes: the drafter reads every token, drafts carry their own ids before anything sees them, and a token
-that can't be drafted is one that the drafter gives no probability.
+Nothing else changes: the drafter reads every token, drafts are ordinary token ids, and the drafter gives tokens that
+can't be drafted no probability.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ REMEDY = "Give a file that vllm-easyspec fit --vocabulary wrote"
 
 
 def tokenizer_hash(vocabulary: Mapping[str, int]) -> str:
-    """Of a tokenizer's tokens and their ids (`get_vocab`)."""
+    """A hash of a tokenizer's tokens and their ids (`get_vocab`)."""
     digest = hashlib.sha256()
     for token, index in sorted(vocabulary.items(), key=lambda item: (item[1], item[0])):
         digest.update(f"{index} {token}\n".encode(errors="surrogatepass"))
@@ -29,7 +29,7 @@ def tokenizer_hash(vocabulary: Mapping[str, int]) -> str:
 
 
 def special_ids(tokenizer: Any) -> set[int]:
-    """Ids of the tokens that text is not made of, such as those of the chat template."""
+    """Ids of the tokens that don't stand for text, such as those of the chat template."""
     return {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
 
 
@@ -65,16 +65,17 @@ def written(tokenizer: Any) -> dict[tuple[bool, bytes], int]:
 class DraftVocabulary:
     """The tokens that may be drafted. Ids are the target's; unless the tokenizers differ, the drafter has the same."""
 
-    ids: tuple[int, ...]  # that may be drafted, ascending: of equal logits the lowest id wins, as among all tokens
+    ids: tuple[int, ...]  # that may be drafted, ascending: of equal logits the lowest id wins, as with the whole head
     size: int  # of the whole vocabulary
     rows: tuple[int, ...] | None = None  # the drafter's id of each of `ids`; None if it is the same
     inputs: tuple[int, ...] | None = None  # the id that the drafter reads for each of `size`; None if it is the same
 
     @classmethod
     def of(cls, wanted: int | str, special: Iterable[int], size: int) -> "DraftVocabulary | None":
-        """What `draft_vocabulary` asks for, of a drafter with `size` tokens; None where that is all of them.
+        """The vocabulary of the setting `draft_vocabulary`, for a drafter with `size` tokens; None if it is all of
+        them.
 
-        special: ids that are always among them, so far as the drafter has them. Raises `ConfigError`.
+        special: ids that are always included, if the drafter has them. Raises `ConfigError`.
         """
         counted = range(wanted) if isinstance(wanted, int) else VocabularyFile.read(wanted).ids
         ids = tuple(sorted({index for index in (*counted, *special) if index < size}))
@@ -119,7 +120,7 @@ class DraftVocabulary:
 
 
 class VocabularyFile(BaseModel):
-    """What `vllm-easyspec fit --vocabulary` writes. It serves drafters with the tokenizer that it was counted with."""
+    """The file of `vllm-easyspec fit --vocabulary`. It serves drafters with the tokenizer that it was made with."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -152,15 +153,15 @@ class VocabularyFile(BaseModel):
             raise ConfigError(f"{source}: {place}{': ' if place else ''}{first['msg']}. {REMEDY}") from None
 
     def write(self, path: Path) -> None:
-        """Whole or not at all."""
+        """Write the file, completely or not at all."""
         part = path.with_name(path.name + ".part")
         part.write_text(json.dumps(self.model_dump(), separators=(",", ":")) + "\n", encoding="utf-8")
         part.replace(path)
 
     def check(self, path: str, vocab_size: int, tokenizer: str | None) -> None:
-        """Raise `ConfigError` where the file is not of the drafter's tokenizer.
+        """Raise `ConfigError` if the file was made with another tokenizer.
 
-        vocab_size: the drafter's; tokenizer: its `tokenizer_hash`, None where there is none to ask.
+        vocab_size: the drafter's; tokenizer: its `tokenizer_hash`, None without a tokenizer.
         """
         if tokenizer is not None and tokenizer != self.tokenizer:
             raise ConfigError(
@@ -175,7 +176,7 @@ class VocabularyFile(BaseModel):
 
 
 def check_number(tokens: int, vocab_size: int) -> None:
-    """Raise `ConfigError` where the drafter has fewer tokens."""
+    """Raise `ConfigError` if the drafter has fewer tokens."""
     if tokens > vocab_size:
         raise ConfigError(
             f"draft_vocabulary={tokens} is more than the {vocab_size} tokens of the drafter. Give fewer, such as "

@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from vllm_easyspec.drafter.model import LayerParallelDrafter
 
 Place = Callable[[torch.Tensor], object]
-# Buffers that old checkpoints carry and nothing needs.
+# Buffers in old checkpoints that are not needed.
 _IGNORED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 
 
 def load_drafter_weights(model: LayerParallelDrafter, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
     """Copy each checkpoint tensor, or this rank's part of it, to its place.
 
-    Returns the names of the parameters filled. Raises ValueError for a tensor without a place, of another shape, with
-    NaN or infinity, or one that is missing.
+    Returns the names of the parameters filled. Raises ValueError for an unknown tensor, one of a wrong shape or with
+    NaN or infinity, and a missing one.
     """
     places = dict(_places(model))
     shapes = dict(expected_shapes(model.shape))
@@ -49,15 +49,16 @@ def load_drafter_weights(model: LayerParallelDrafter, weights: Iterable[tuple[st
 
 
 def _check_finite(model: LayerParallelDrafter) -> None:
-    """With NaN answers would stay right, but no draft would ever be accepted, and nothing would say why."""
+    """Refuse NaN and infinity: answers would stay correct, but no draft would ever be accepted, and nothing would say
+    why."""
     for name, parameter in model.named_parameters():
         stacked = parameter if parameter.dim() == 3 else parameter.unsqueeze(0)  # layer by layer
         for layer, part in enumerate(stacked):
-            # The sum of finite weights is finite, and takes no memory.
+            # A sum shows NaN and infinity, and needs no memory.
             if not bool(part.sum(dtype=torch.float32).isfinite()):
                 raise ValueError(
                     f"the drafter's checkpoint holds NaN or infinity: in what became {name}[{layer}] on rank "
-                    f"{model.rank}. Get its files anew, or serve without --speculative-config"
+                    f"{model.rank}. Get its files again, or serve without --speculative-config"
                 )
 
 
@@ -89,7 +90,7 @@ def expected_shapes(shape: DrafterShape) -> Iterator[tuple[str, tuple[int, ...]]
 
 
 def _places(model: LayerParallelDrafter) -> Iterator[tuple[str, Place]]:
-    """Every tensor that the checkpoint must hold, and what to do with it on this rank."""
+    """Every tensor that the checkpoint must contain, and what to do with it on this rank."""
     embedding, head = model.embed_tokens.weight, model.head
     load_embedding = partial(embedding.weight_loader, embedding)
     if head.is_embedding or not model.shape.tied_embeddings:
@@ -107,7 +108,7 @@ def _places(model: LayerParallelDrafter) -> Iterator[tuple[str, Place]]:
 
 
 def _attention_places(model: LayerParallelDrafter, layer: int) -> Iterator[tuple[str, Place]]:
-    """A layer's attention: whole on its owner, passed over on the other ranks."""
+    """A layer's attention: whole on its owner, skipped on the other ranks."""
     shape = model.shape
     q_end, k_end = shape.q_size, shape.q_size + shape.kv_size
     columns = {"q": slice(0, q_end), "k": slice(q_end, k_end), "v": slice(k_end, None)}
