@@ -269,7 +269,8 @@ WRONG = {
             "num_speculative_tokens_per_batch_size": [[1, 8, 4]],
         },
         r"^layer_parallel.by_batch_size\[0\].num_speculative_tokens=2 is given together with num_speculative_"
-        r"tokens_per_batch_size=\[\[1, 8, 4\]\], but only one of the two may set K.*Remove num_speculative_tokens_per_batch_size, or",
+        r"tokens_per_batch_size=\[\[1, 8, 4\]\], but only one of the two may set K.*Remove num_speculative_tokens_"
+        r"per_batch_size, or",
     ),
     "no groups": ({"layer_parallel": {"group_sizes": []}}, r"group_sizes=\[\].*at least 1 item"),
     "sizes are text": ({"layer_parallel": {"group_sizes": "1,4"}}, "group_sizes='1,4'.*valid list"),
