@@ -1,4 +1,4 @@
-"""Plots of a benchmark's rows, as SVG, PNG or whatever matplotlib knows by the file's ending."""
+"""Plots of a benchmark's rows, as SVG, PNG or any other file type of matplotlib's."""
 
 import io
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ SETTINGS: Any = {
 
 
 def check(path: Path | None) -> None:
-    """Raise `BenchmarkError` before anything is measured where the plot can't be drawn."""
+    """Raise `BenchmarkError` before anything is measured if the plot can't be drawn."""
     if path is None:
         return
     require_matplotlib("--plot", path)
@@ -34,7 +34,7 @@ def check(path: Path | None) -> None:
 
 
 def require_matplotlib(option: str, path: Path | None) -> None:
-    """Raise `BenchmarkError` where `option` names a file that needs matplotlib, and it isn't installed."""
+    """Raise `BenchmarkError` if `option` names a file that needs matplotlib, which isn't installed."""
     if path is None:
         return
     try:
@@ -46,7 +46,7 @@ def require_matplotlib(option: str, path: Path | None) -> None:
 
 
 def engine(rows: list[dict[str, Any]], path: Path) -> None:
-    """Tokens per second and time per output token against concurrency, a line per arm."""
+    """Tokens per second and time per output token against concurrency, one line per arm."""
     panels = {
         "tokens per second": lambda row: row["tokens_a_second"],
         "TPOT, ms (median)": lambda row: row["tpot_ms"]["median"] or 0,
@@ -65,7 +65,7 @@ def engine(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def draft_step(rows: list[dict[str, Any]], path: Path) -> None:
-    """A step's speed-up over the precise plan by plan and scope, a bar a batch and context."""
+    """A step's speed-up over the precise plan by plan and scope, one bar per batch and context."""
     plans = list(dict.fromkeys(_plan(row) for row in rows))
     series = list(dict.fromkeys((row["batch"], row["context"]) for row in rows))
     width = 0.8 / len(series)
@@ -121,7 +121,7 @@ def _figure(rows: int = 1, columns: int = 1, height: float = 3.2) -> Iterator[tu
 
 
 def _legend(figure: Any, axes: Any) -> None:
-    """Set it above the axes; each name once."""
+    """Place the legend above the axes; each name once."""
     found: dict[str, Any] = {}
     for one in axes:
         handles, names = one.get_legend_handles_labels()

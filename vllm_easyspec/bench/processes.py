@@ -1,4 +1,4 @@
-"""One engine a process: what an engine leaves behind, memory above all, ends with its process."""
+"""One process per engine: whatever an engine leaves behind, above all memory, ends with its process."""
 
 import multiprocessing
 from collections.abc import Callable

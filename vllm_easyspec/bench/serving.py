@@ -1,7 +1,7 @@
-"""A streaming client inside the process, and what it measured: tokens per second, TTFT, TPOT, ITL.
+"""A streaming client inside the process, and what it measures: tokens per second, TTFT, TPOT, ITL.
 
-vLLM's synchronous engine hands out each step's tokens as they come, so it streams without a server or an event loop,
-whose own time would be measured with the engine's on a machine with few cores. Definitions are those of vLLM's `bench
+vLLM's synchronous engine returns each step's tokens, so it streams without a server or an event loop, whose time would
+be measured with the engine's on a machine with few cores. Definitions are those of vLLM's `bench
 serve` (`vllm/benchmarks/serve.py`, `calculate_metrics`).
 """
 
@@ -17,10 +17,10 @@ import numpy as np
 
 @dataclass
 class Answer:
-    """One request's tokens, and when they came, in seconds of `time.perf_counter`."""
+    """One request's tokens, and the times of their arrival, in seconds of `time.perf_counter`."""
 
     submitted: float
-    arrivals: list[float] = field(default_factory=list)  # one a streamed chunk; a round's tokens are one chunk
+    arrivals: list[float] = field(default_factory=list)  # one per streamed chunk; a round's tokens are one chunk
     tokens: list[int] = field(default_factory=list)
 
     @property
@@ -101,7 +101,7 @@ def summary(levels: Sequence[Level]) -> dict[str, Any]:
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float | None]:
-    """Median and 99th percentile, in milliseconds; None where nothing was measured."""
+    """Median and 99th percentile, in milliseconds; None if nothing was measured."""
     if not seconds:
         return {"median": None, "p99": None}
     middle, high = np.percentile(seconds, [50, 99])
@@ -109,7 +109,7 @@ def spread(seconds: Sequence[float]) -> dict[str, float | None]:
 
 
 def compare(expected: Sequence[list[int]], found: Sequence[list[int]]) -> dict[str, Any]:
-    """How many outputs equal the expected ones, token for token, and the first place where one doesn't."""
+    """How many outputs equal the expected ones, token for token, and the first difference."""
     if len(expected) != len(found):
         raise ValueError(f"{len(found)} outputs can't be compared with {len(expected)}")
     differing = [index for index, pair in enumerate(zip(expected, found, strict=True)) if pair[0] != pair[1]]

@@ -1,4 +1,4 @@
-"""What a benchmark asks of a worker, whichever speculator it has: vLLM's `worker_extension_cls` in every arm."""
+"""Times the steps of a worker with any speculator: vLLM's `worker_extension_cls` in every arm."""
 
 from typing import Any
 
@@ -8,21 +8,21 @@ from vllm_easyspec.metrics import StageClock
 
 
 class StepClock:
-    """One clock for all arms: `verify` is the target's pass and sampling, `draft` all of the speculator's `propose`."""
+    """Times of all arms alike: `verify` is the target's pass and sampling, `draft` the whole `propose`."""
 
     model_runner: Any
     vllm_config: Any
     bench_clock: StageClock
 
     def bench_attach(self) -> dict[str, Any]:
-        """Start to time steps; returns how vLLM runs this arm, as it resolved it."""
+        """Start timing steps. Returns how vLLM runs this arm, as it resolved the configuration."""
         runner = self.model_runner
         if runner.speculator is not None:
             self._time_steps(runner)
         return self._resolved(runner)
 
     def bench_times(self) -> dict[str, Any]:
-        """Median milliseconds of a step since the last call, None where there was none."""
+        """Median milliseconds of a step since the last call, None if there was none."""
         times = self.bench_clock.medians() if self.model_runner.speculator is not None else {}
         self.bench_clock = StageClock(self.model_runner.device)
         return {stage: times.get(stage) for stage in ("draft", "verify")}

@@ -1,10 +1,10 @@
-"""Which plans are worth measuring, and what the measurements say for each batch size. Numbers in, numbers out.
+"""Which plans are worth measuring, and what the measurements mean for each batch size. Pure functions of numbers.
 
-A group's cost is what running it side by side loses (`fidelity.py`); costs of a plan's groups add up. Dynamic
-programming then gives the cheapest plan for each number of groups, and so for each number of sequential steps. A round
-of K drafts takes `calibrate(K) + (K - 1) * step + verify(K)` and yields `1 + sum of the acceptance at positions 1 to K`
-tokens per request. Acceptance is measured at the largest K, where stretches that are easy to draft take few rounds and
-so weigh little; at a smaller K they weigh more, which one plan's real tokens per round there correct for all.
+A group's cost is what it loses by running side by side (`fidelity.py`); the costs of a plan's groups add up. Dynamic
+programming gives the cheapest plan for each number of groups, and so for each number of sequential steps. A round of K
+drafts takes `calibrate(K) + (K - 1) * step + verify(K)` and yields `1 + sum of the acceptance at positions 1 to K`
+tokens per request. Acceptance is measured at the largest K, where text that is easy to draft takes few rounds and so
+counts little; at a smaller K it counts more, which is corrected for all plans by one plan's measured tokens per round.
 """
 
 import itertools
@@ -15,17 +15,17 @@ import numpy as np
 
 from vllm_easyspec.drafter.plan import DraftPlan, Scope
 
-# By the first layer and the size of a group of at least 2: what the group loses. A layer alone loses nothing.
+# The cost of each group of at least 2 layers, by first layer and size. A single layer costs nothing.
 GroupCosts = Mapping[tuple[int, int], float]
 
 
 @dataclass(frozen=True)
 class Point:
-    """What may be chosen for a batch size: how to draft, and how much. K = 0 drafts nothing."""
+    """A candidate for a batch size: plan, K and maps. K = 0 drafts nothing."""
 
     plan: DraftPlan
     num_drafts: int
-    lookahead: bool | None = None  # with look-ahead maps or without; None: as the engine's configuration says
+    lookahead: bool | None = None  # with look-ahead maps or without; None: as configured
 
     def __str__(self) -> str:
         maps = ", maps" if self.lookahead else ""
@@ -42,7 +42,7 @@ class StageTimes:
     other: float  # of a round, outside the stages: scheduling, preparing inputs, output
 
     def round_ms(self, point: Point, with_other: bool) -> float:
-        """A round's time; between the measured K, times lie on a line."""
+        """A round's time; between the measured K, times are interpolated."""
         num_drafts = point.num_drafts
         stages = _between(self.calibrate, num_drafts) + _between(self.verify, num_drafts)
         return stages + max(0, num_drafts - 1) * self.step[point.plan] + (self.other if with_other else 0.0)
@@ -56,7 +56,7 @@ def plan_cost(plan: DraftPlan, costs: GroupCosts) -> float:
 def best_plans(num_layers: int, costs: GroupCosts, scope: Scope) -> list[DraftPlan]:
     """For each number of groups the plan of the lowest cost, from the precise plan to the fewest groups.
 
-    A plan that costs as much as one with fewer groups is left out, and so are groups that `costs` doesn't hold.
+    Plans that cost as much as one with fewer groups are left out, and so are groups that `costs` lacks.
     """
     # best[end]: by number of groups, the cheapest way to group the layers before `end`
     best: list[dict[int, tuple[float, tuple[int, ...]]]] = [{} for _ in range(num_layers + 1)]
@@ -78,15 +78,15 @@ def best_plans(num_layers: int, costs: GroupCosts, scope: Scope) -> list[DraftPl
 
 
 def most_promising(plans: Sequence[DraftPlan], costs: Mapping[DraftPlan, float], count: int) -> list[DraftPlan]:
-    """At most `count` of the plans, the highest guess of a rate first."""
+    """At most `count` of the plans, those with the highest guessed rates first."""
     return sorted(plans, key=lambda plan: _guessed_rate(plan, costs[plan]), reverse=True)[:count]
 
 
 def _guessed_rate(plan: DraftPlan, cost: float) -> float:
     """Tokens over sequential steps at the best K, good enough to rank plans by before anything was measured.
 
-    The target takes a draft with probability 0.7 as long as nothing is fuzzy, and verifies as long as the drafter
-    calibrates; a fuzzy step keeps `1 - cost` of that probability.
+    Assumes that the target accepts a precise draft with probability 0.7, and a fuzzy one with `1 - cost` of that, and
+    that verification takes as long as calibration.
     """
     target, kept = 0.7, 1 - min(1.0, cost)
     calibrate = verify = 2 * plan.num_layers
@@ -98,7 +98,7 @@ def _guessed_rate(plan: DraftPlan, cost: float) -> float:
 
 
 def tokens_a_round(acceptance: Sequence[float], num_drafts: int) -> float:
-    """Tokens that a request gains in a round; acceptance: by position, the share of rounds that got so far."""
+    """Tokens that a request gains in a round; acceptance: by position, the share of rounds that reached it."""
     return 1 + sum(acceptance[:num_drafts])
 
 
@@ -118,8 +118,8 @@ def predicted_rate(
 def choose(rates: Mapping[int, Mapping[Point, float]], tolerance: float) -> dict[int, Point]:
     """The point to run at each batch size: the fastest.
 
-    Where a neighbour's (the next smaller batch size's) is within `tolerance` of the fastest, as a share of it, the
-    neighbour's stays: so much is noise, and few ranges are easier to read.
+    If the next smaller batch size's point is within `tolerance` of the fastest, as a share of it, that point is kept:
+    the difference is noise, and fewer ranges are easier to read.
     """
     chosen: dict[int, Point] = {}
     previous: Point | None = None
@@ -133,14 +133,14 @@ def choose(rates: Mapping[int, Mapping[Point, float]], tolerance: float) -> dict
 
 @dataclass(frozen=True)
 class Range:
-    """Batch sizes from above the range before to `up_to`; the last range is open."""
+    """Batch sizes from above the range before to `up_to`; the last range has no end."""
 
     up_to: int | None
     point: Point
 
 
 def ranges(chosen: Mapping[int, Point]) -> list[Range]:
-    """Batch sizes between two measured ones take the larger one's choice, larger ones than all the last one's."""
+    """Batch sizes between two measured ones take the larger one's choice; larger ones take the last one's."""
     ascending = sorted(chosen.items())
     merged = [
         Range(size, point) for (size, point), (_, following) in itertools.pairwise(ascending) if point != following

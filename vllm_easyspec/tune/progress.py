@@ -1,4 +1,4 @@
-"""A progress bar with the time left, and a time budget that is shared out among the phases."""
+"""A progress bar with the time left, and a time budget that is divided among the phases."""
 
 import math
 import time
@@ -8,15 +8,15 @@ from typing import TypeVar
 from tqdm import tqdm
 
 T = TypeVar("T")
-# What each phase may take of the time, in percent. A phase that is done sooner leaves its rest to those after it.
+# Each phase's share of the time, in percent. A phase that ends early leaves the rest to those after it.
 SHARES = {"start": 8, "score": 7, "acceptance": 20, "times": 20, "confirm": 15, "climb": 10, "compare": 20}
 
 
 class Progress:
-    """The progress bar of a run, and how its time budget is shared out."""
+    """The progress bar of a run, and its time budget."""
 
     def __init__(self, seconds: float | None):
-        """seconds: the time budget from now on, None where there is none."""
+        """seconds: the time budget from now on, None for no limit."""
         self.began = time.monotonic()
         self.end = self.began + (seconds or math.inf)
         self.phase = "start"
@@ -32,7 +32,7 @@ class Progress:
     def within(self, phase: str, items: Iterable[T], minimum: int = 1, first_takes: float = 0.0) -> Iterator[T]:
         """Yield the items while the phase has time for the next one; at least `minimum`.
 
-        first_takes: seconds that the first item is expected to take; a later one, what the one before took.
+        first_takes: expected seconds of the first item; later ones are expected to take as long as the one before.
         """
         items = list(items)
         self._enter(phase)
@@ -53,7 +53,7 @@ class Progress:
         self.unfinished.append(f"{self.phase}: interrupted")
 
     def give_up(self, why: str) -> None:
-        """The phase can't go on."""
+        """The phase can't continue."""
         self.unfinished.append(f"{self.phase}: {why}")
 
     def close(self) -> None:
@@ -63,7 +63,7 @@ class Progress:
         return time.monotonic()
 
     def _enter(self, phase: str) -> None:
-        """Count all phases before as done, whatever was cut from them."""
+        """Count all earlier phases as done, even if they were cut short."""
         self.phase = phase
         self.bar.set_description_str(phase, refresh=False)
         self.bar.update(sum(SHARES.values()) - self._share_from(phase) - self.bar.n)

@@ -1,4 +1,4 @@
-"""The tuned configuration as commented YAML, which `vllm serve --speculative-config` takes as it is."""
+"""The tuned configuration as commented YAML, ready for `vllm serve --speculative-config`."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from vllm_easyspec.config import EasySpecConfig
 from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.tune.planner import Point, Range
 
-# A value that begins with ./ or ../ counts from the file's folder.
+# A value that begins with ./ or ../ is relative to the file.
 PATH_FIELDS = ("model", "lookahead", "draft_vocabulary")
 WRITTEN_HERE = ("method", "num_speculative_tokens", "num_speculative_tokens_per_batch_size", "layer_parallel")
 
@@ -21,7 +21,7 @@ def tuned_yaml(
 ) -> str:
     """The configuration in `source` with the plans and K of `ranges`, to be written to `out`.
 
-    comments: lines for the head; notes: what to say about a point.
+    comments: lines for the head of the file; notes: a comment for each point.
     """
     given = read_fields(source)
     for name in PATH_FIELDS:
@@ -42,7 +42,7 @@ def tuned_yaml(
 
 
 def read_fields(source: Path) -> dict[str, Any]:
-    """The fields of a configuration in YAML or JSON, paths as they stand there."""
+    """The fields of a configuration in YAML or JSON, with paths as written."""
     return {str(key).replace("-", "_"): value for key, value in yaml.safe_load(source.read_text()).items()}
 
 
@@ -58,11 +58,11 @@ def _line(name: str, value: Any) -> str:
 def _plans(ranges: Sequence[Range], max_drafts: int, notes: Mapping[Point, str]) -> list[str]:
     """The plan of the largest batches that draft, and in `by_batch_size` what other batches do.
 
-    max_drafts: the K of all, which the largest batches needn't repeat.
+    max_drafts: the configuration's K, which the largest batches needn't repeat.
     """
     drafting = [one.point.plan for one in ranges if one.point.num_drafts]
     if not drafting:
-        lines, table = ["  scope: attention # says nothing: at no batch size is anything drafted"], list(ranges)
+        lines, table = ["  scope: attention # has no effect: nothing is drafted at any batch size"], list(ranges)
     else:
         beside, last = drafting[-1], ranges[-1].point
         lines = [f"  {field}" for field in _plan_fields(beside, notes.get(last) if last.plan == beside else None)]
