@@ -1,10 +1,12 @@
 """Rounds reach the metrics: from a worker's counters through a real socket to Prometheus' text."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from prometheus_client import REGISTRY, generate_latest
+from prometheus_client import REGISTRY, Counter, Histogram, generate_latest
 
 from vllm_easyspec import round_reports, stat_logger
 from vllm_easyspec.config import OPTIONS_KEY
@@ -13,6 +15,7 @@ from vllm_easyspec.metrics import DraftStatistics
 from vllm_easyspec.round_reports import RoundReporter
 from vllm_easyspec.stat_logger import EasySpecStatLogger
 
+ROOT = Path(__file__).resolve().parents[2]
 PLAN = DraftPlan((1, 2, 1), "block")
 LABELS = 'engine="0",model_name="served"'
 
@@ -72,3 +75,11 @@ def test_other_engines_have_no_metrics(folder):
 def test_a_second_api_server_leaves_the_reports_to_the_first(folder):
     first, second = (EasySpecStatLogger(config(**{OPTIONS_KEY: {}})) for _ in range(2))
     assert first.socket is not None and second.socket is None
+
+
+def test_the_docs_name_every_series(folder):
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    documented = re.findall(r"^\| `(vllm:easyspec_\w+)` \|", text, re.MULTILINE)
+    suffix = {Counter: "_total", Histogram: ""}
+    ours = [metric.describe()[0].name + suffix[type(metric)] for metric in stat_logger.metrics().values()]
+    assert sorted(documented) == sorted(ours)
