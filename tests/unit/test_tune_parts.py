@@ -106,8 +106,6 @@ def test_trials_are_the_same_for_every_point_and_go_through_all_prompts():
 WRONG = {
     "no folder for the result": (["-o", "nowhere/tuned.yaml"], "can't be written: there is no folder nowhere"),
     "no prompts": (["--prompts", "nowhere.jsonl"], "--prompts nowhere.jsonl can't be read"),
-    "batch sizes": (["--batch-sizes", "0,1"], r"batch_sizes=\[0, 1\] is not allowed"),
-    "a baseline": (["--baselines", "eagle"], "'eagle' is none of untuned, draft_model, none"),
     "K": (["--max-drafts", "2"], "max_drafts=2 is not allowed. Give at least 3"),
     "the result in the configuration's place": (["-o", "untuned.yaml"], "-o untuned.yaml is the untuned configuration"),
     "ranks after --": (["--", "-tp", "2"], r"--tensor-parallel-size is not allowed after --. Give tune's own --tens"),

@@ -7,6 +7,7 @@ where there is a GPU. It lasts until the slowest rank is done; a step is its (K 
 """
 
 import time
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
@@ -30,9 +31,9 @@ ROOM = 32  # positions after the context, for the drafts
 def measure(
     drafter: str,
     ranks: int,
-    plans: list[tuple[int, ...]] | None,
-    batches: list[int],
-    contexts: list[int],
+    plans: Sequence[tuple[int, ...]] | None,
+    batches: Sequence[int],
+    contexts: Sequence[int],
     *,
     dtype: str = "float32",
     load_format: str = "auto",
@@ -65,9 +66,9 @@ def _slowest(rows: tuple[dict[str, Any], ...]) -> dict[str, Any]:
 
 def _measure_rank(
     path: str,
-    plans: list[tuple[int, ...]] | None,
-    batches: list[int],
-    contexts: list[int],
+    plans: Sequence[tuple[int, ...]] | None,
+    batches: Sequence[int],
+    contexts: Sequence[int],
     dtype: str,
     load_format: str,
     mlp: str,

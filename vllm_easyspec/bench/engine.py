@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import os
-from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,12 +21,12 @@ from statistics import median
 from typing import Any
 
 from vllm_easyspec.bench import BenchmarkError
+from vllm_easyspec.bench.options import EngineOptions
 from vllm_easyspec.bench.prompts import random_prompts, read_prompts
 from vllm_easyspec.bench.report import from_here, table
 from vllm_easyspec.bench.serving import Level, compare, serve, summary
 from vllm_easyspec.config import EasySpecConfig
 
-BASELINES = ("none", "draft_model", "precise")
 WARM_UP_TOKENS = 16
 ON_CPU = (
     "On a CPU vLLM's Triton kernels run as plain PyTorch or in Triton's interpreter, and there are no CUDA graphs: the "
@@ -43,7 +42,7 @@ class Workload:
     """What every arm is asked."""
 
     prompts: list[list[int]]
-    concurrency: list[int]
+    concurrency: Sequence[int]
     output_tokens: int
     requests: int  # at least so many a level, and at least two for each of its slots
 
@@ -78,30 +77,22 @@ def speculative_configs(config: EasySpecConfig, baselines: Sequence[str]) -> dic
     return {name: arm for name, arm in arms.items() if name in baselines} | {"easyspec": config.to_dict()}
 
 
-def prepare(args: Namespace) -> tuple[EasySpecConfig, Workload, dict[str, Any]]:
-    """The configuration, the work, and vLLM's engine arguments, from the command's options.
+def prepare(options: EngineOptions) -> tuple[EasySpecConfig, Workload, dict[str, Any]]:
+    """The configuration, the work, and vLLM's engine arguments.
 
     Raises `BenchmarkError` or `ConfigError` for what can't be measured.
     """
-    for option in ("requests", "output_tokens", "input_tokens", "turns", "tensor_parallel_size"):
-        value = getattr(args, option)
-        if value is not None and value < 1:
-            raise BenchmarkError(f"--{option.replace('_', '-')} {value} is not allowed. Give an integer of at least 1")
-    if min(args.concurrency) < 1:
-        raise BenchmarkError(f"--concurrency {args.concurrency} is not allowed. Give integers of at least 1")
-    if unknown := [name for name in args.baselines if name not in BASELINES]:
-        raise BenchmarkError(f"--baselines {','.join(unknown)} is unknown. Allowed are {', '.join(BASELINES)}")
-    config = EasySpecConfig.parse(args.config)
+    config = EasySpecConfig.parse(options.config)
     config.check_model()
-    count = max(args.requests, 2 * max(args.concurrency))
-    prompts = load_prompts(args.prompts, args.model, config.model, count, args.input_tokens)
+    count = max(options.requests, 2 * max(options.concurrency))
+    prompts = load_prompts(options.prompts, options.model, config.model, count, options.input_tokens)
     arguments = {
-        "tensor_parallel_size": args.tensor_parallel_size,
-        "dtype": args.dtype,
-        "load_format": args.load_format,
-        "max_model_len": longest_sequence(args.model, prompts, args.output_tokens, config.num_speculative_tokens),
-    } | _more_arguments(args.engine)
-    return config, Workload(prompts, args.concurrency, args.output_tokens, args.requests), arguments
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "dtype": options.dtype,
+        "load_format": options.load_format,
+        "max_model_len": longest_sequence(options.model, prompts, options.output_tokens, config.num_speculative_tokens),
+    } | _more_arguments(options.engine)
+    return config, Workload(prompts, options.concurrency, options.output_tokens, options.requests), arguments
 
 
 def _more_arguments(text: str) -> dict[str, Any]:

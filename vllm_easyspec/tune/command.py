@@ -1,6 +1,5 @@
 """`vllm-easyspec tune` from its arguments to its files."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,53 +14,36 @@ from vllm_easyspec.bench.report import check_writable, machine, surroundings, wr
 from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.errors import ConfigError
 from vllm_easyspec.metrics import plan_json
+from vllm_easyspec.tune.options import TuneOptions
 from vllm_easyspec.tune.planner import Point
 from vllm_easyspec.tune.report import html_report
 from vllm_easyspec.tune.tuned_yaml import read_fields, tuned_yaml
-from vllm_easyspec.tune.tuner import BASELINES, Findings, Settings, Tuner
+from vllm_easyspec.tune.tuner import Findings, Tuner
 
 # Engine arguments that tune sets, and by which of its own options.
 TUNES_OWN = {"model": "--model", "tensor_parallel_size": "--tensor-parallel-size", "max_num_seqs": "--batch-sizes"}
 
 
-def run(args: argparse.Namespace) -> str:
-    """Tune, and write the files that `args` names; returns a summary. Raises `ConfigError` or `BenchmarkError`."""
+def run(options: TuneOptions) -> str:
+    """Tune, and write the files that `options` names; returns a summary. Raises `ConfigError` or `BenchmarkError`."""
     plugin.register()
-    out = args.out
-    for path in (out, args.report, args.json):
+    out = options.out
+    for path in (out, options.report, options.json):
         check_writable(path)
-    require_matplotlib("--report", args.report)
-    if out.resolve() == args.config.resolve():
+    require_matplotlib("--report", options.report)
+    if out.resolve() == options.config.resolve():
         raise ConfigError(f"-o {out} is the untuned configuration itself, with which the tuned one is compared")
-    engine_args = _engine_args(args.model, args.tensor_parallel_size, args.engine_arguments)
-    prompts = read_prompts(args.prompts, engine_args.tokenizer or args.model, args.prompt_tokens)
-    settings = Settings(
-        config=args.config,
-        prompts=[{"prompt_token_ids": ids} for ids in prompts],
-        batch_sizes=_batch_sizes(args.batch_sizes),
-        max_drafts=args.max_drafts,
-        most_plans=args.plans,
-        largest_group=args.max_group,
-        new_tokens=args.new_tokens,
-        rounds=args.rounds,
-        turns=args.turns,
-        temperature=args.temperature,
-        time_budget=args.time_budget,
-        by_wall=None if args.rate is None else args.rate == "wall",
-        baselines=_baselines(args.baselines),
-    )
-    tuner = Tuner(engine_args, settings)
-    about = surroundings() | {
-        "target": args.model,
-        "drafter": read_fields(settings.config)["model"],
-    }
+    engine_args = _engine_args(options.model, options.tensor_parallel_size, options.engine_arguments)
+    prompts = read_prompts(options.prompts, engine_args.tokenizer or options.model, options.prompt_tokens)
+    tuner = Tuner(engine_args, options, [{"prompt_token_ids": ids} for ids in prompts])
+    about = surroundings() | {"target": options.model, "drafter": read_fields(options.config)["model"]}
 
     def keep(found: Findings) -> None:
-        text = _yaml(found, out, settings.config, about, args)
+        text = _yaml(found, about, options)
         write_text(out, text)
-        if args.report:
-            write_text(args.report, html_report(found, about, text))
-        write(args.json, about | findings_json(found))
+        if options.report:
+            write_text(options.report, html_report(found, about, text))
+        write(options.json, about | findings_json(found))
 
     try:
         found = tuner.tune()
@@ -70,7 +52,7 @@ def run(args: argparse.Namespace) -> str:
         keep(found)  # with what the comparison gave
     finally:
         tuner.progress.close()
-    return _summary(found, out, args.report)
+    return _summary(found, out, options.report)
 
 
 def _engine_args(model: str, ranks: int, arguments: Sequence[str]) -> EngineArgs:
@@ -87,20 +69,6 @@ def _engine_args(model: str, ranks: int, arguments: Sequence[str]) -> EngineArgs
     return engine_args
 
 
-def _batch_sizes(sizes: Sequence[int]) -> list[int]:
-    if min(sizes) < 1:
-        raise ConfigError(f"batch_sizes={list(sizes)} is not allowed. Give sizes of at least 1, such as 1,4,16")
-    return sorted(set(sizes))
-
-
-def _baselines(names: str) -> tuple[str, ...]:
-    chosen = tuple(name for name in names.split(",") if name)
-    for name in chosen:
-        if name not in BASELINES:
-            raise ConfigError(f"baselines={names!r}: {name!r} is none of {', '.join(BASELINES)}")
-    return chosen
-
-
 def _choice(found: Findings, size: int) -> str:
     """A size's choice in words."""
     point, rates = found.chosen()[size], found.rates(size)
@@ -109,15 +77,16 @@ def _choice(found: Findings, size: int) -> str:
     return f"{point}: {rates[point]:.1f} tokens/s{against}"
 
 
-def _yaml(found: Findings, out: Path, config: Path, about: dict[str, Any], args: argparse.Namespace) -> str:
-    return tuned_yaml(config, out, found.ranges(), _head(found, about, args), _notes(found))
+def _yaml(found: Findings, about: dict[str, Any], options: TuneOptions) -> str:
+    return tuned_yaml(options.config, options.out, found.ranges(), _head(found, about, options), _notes(found))
 
 
-def _head(found: Findings, about: dict[str, Any], args: argparse.Namespace) -> list[str]:
+def _head(found: Findings, about: dict[str, Any], options: TuneOptions) -> list[str]:
     versions = about["versions"]
+    ranks = f"--tensor-parallel-size {options.tensor_parallel_size}"
     return [
         "Serve with:",
-        f"  vllm serve {args.model} --tensor-parallel-size {args.tensor_parallel_size} --speculative-config {args.out}",
+        f"  vllm serve {options.model} {ranks} --speculative-config {options.out}",
         f"Tuned by: {about['command']}",
         f"On {machine(about)}, vllm {versions['vllm']}, torch {versions['torch']}. Tokens per second "
         + ("by wall-clock:" if found.by_wall else "of the stages' time (calibrate, draft, verify):"),

@@ -14,7 +14,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,8 @@ from vllm.distributed import get_tp_group
 
 from vllm_easyspec.bench import BenchmarkError
 from vllm_easyspec.bench.prompts import json_lines, read_text
+from vllm_easyspec.bench.report import check_writable, table
+from vllm_easyspec.config import LayerParallelConfig
 from vllm_easyspec.drafter.plan import SCOPES, DraftPlan
 from vllm_easyspec.engineless import EnginelessDrafter
 from vllm_easyspec.errors import ConfigError
@@ -40,6 +42,7 @@ from vllm_easyspec.lookahead import (
 from vllm_easyspec.metrics import plan_json
 from vllm_easyspec.ranks import run_ranks
 from vllm_easyspec.support import read_drafter
+from vllm_easyspec.tune.options import FitOptions, FitSettings
 
 BATCH = 32  # sequences read side by side
 HELD_OUT = 4  # of them, the last ones, judge the fit and take no part in it
@@ -52,23 +55,6 @@ TEXT_FORMS = 'Allowed are "...", {"text": "..."} and {"prompt": "..."}'
 Pair = tuple[int, int]  # group start, later layer
 K = TypeVar("K")
 V = TypeVar("V")
-
-
-@dataclass(frozen=True)
-class FitSettings:
-    """plans: group sizes; longest_group: maps for all groups of up to so many layers, beside those of the plans; rank:
-    None to choose; own: share of the sequences that the drafter itself goes on with after their first quarter.
-    """
-
-    plans: tuple[tuple[int, ...], ...] = ()
-    longest_group: int = 1
-    rank: int | None = None
-    tokens: int = 40_000
-    length: int = 256
-    num_drafts: int = 5
-    own: float = 0.5
-    ridge: float = 1e-3
-    dtype: str = "auto"
 
 
 # ---- text ----
@@ -450,6 +436,40 @@ def _gathered(mine: dict[K, V]) -> dict[K, V]:
 # ---- the command ----
 
 
+def run(options: FitOptions) -> str:
+    """Fit maps as `options` say, and write them; returns the report as tables."""
+    if options.target is not None or options.engine_arguments:
+        given = "what stands after --" if options.target is None else f"--target {options.target}"
+        raise ConfigError(f"{given} is not allowed without --vocabulary: maps are fitted on the drafter alone")
+    output = options.output or Path("lookahead.safetensors")
+    check_writable(output)
+    if not options.plans:
+        plan = LayerParallelConfig().draft_plan(read_drafter(options.drafter, None).num_layers)
+        options = replace(options, plans=(plan.group_sizes,))
+    report = fit(options.drafter, options.text, output, options.ranks, options)
+    r2 = report["r2"]
+    pairs = [name.split(".")[1:] for name in r2 if name.startswith("attention.")]
+    by_rank = ", ".join(f"{r2:.3f} at {rank}" for rank, r2 in report["r2_by_rank"].items())
+    return "\n".join(
+        [
+            table(
+                ("layer", "group start", "R2 of the attention map", "R2 of the MLP map (block scope)"),
+                [(i, g, f"{r2[f'attention.{g}.{i}']:.2f}", f"{r2[f'mlp.{g}.{i}']:.2f}") for g, i in pairs],
+            ),
+            "\nDrafts that the drafter's own precise pass confirms:",
+            table(
+                ("plan", "scope", "without maps", "with"),
+                [
+                    (row["plan"], row["scope"], f"{row['without']:.1%}", f"{row['with']:.1%}")
+                    for row in report["own_rate"]
+                ],
+            ),
+            f"rank {report['rank']} (mean held-out R2 by rank: {by_rank})",
+            f"wrote {output}, {output.stat().st_size:,} bytes",
+        ]
+    )
+
+
 def fit(drafter: str, texts: Sequence[Path], output: Path, ranks: int, settings: FitSettings) -> dict[str, Any]:
     """Fit maps and write them to `output`, whole or not at all. Returns the report.
 
@@ -473,7 +493,8 @@ def fit(drafter: str, texts: Sequence[Path], output: Path, ranks: int, settings:
             "are needed. Give more text"
         )
     tensors, report = run_ranks(ranks, _fit_rank, drafter, batches, settings, timeout_s=7 * 24 * 3600.0)[0]
-    report["settings"] = asdict(settings) | {"ranks": ranks, "sequences": len(batches) * BATCH}
+    report["settings"] = {one.name: getattr(settings, one.name) for one in fields(FitSettings)}
+    report["settings"] |= {"ranks": ranks, "sequences": len(batches) * BATCH}
     report["text"] = [{"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in texts]
     write_maps(output, tensors, report)
     return report

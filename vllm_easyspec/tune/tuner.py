@@ -33,6 +33,7 @@ from vllm_easyspec.drafter.plan import SCOPES, DraftPlan
 from vllm_easyspec.drafter.vocabulary import DraftVocabulary
 from vllm_easyspec.errors import ConfigError
 from vllm_easyspec.tune.engine import WARM_ROUNDS, Engine, Prompt, TunedEngine, Window, changed, running
+from vllm_easyspec.tune.options import TuneOptions
 from vllm_easyspec.tune.planner import (
     Point,
     Range,
@@ -53,27 +54,7 @@ CONFIRMED = 3  # plans at each batch size, beside the untuned one and K = 0
 CLIMBS = 3  # steps of K at each batch size
 TOLERANCE = 0.02  # of a rate: so much is noise
 BETWEEN_ENGINES = 0.05  # likewise, where rates are of engines one after another
-BASELINES = ("untuned", "draft_model", "none")
 ARMS = {"draft_model": "vLLM's draft_model", "none": "no speculation"}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What `vllm-easyspec tune` is asked to do."""
-
-    config: Path
-    prompts: list[Prompt]
-    batch_sizes: list[int]  # ascending
-    max_drafts: int | None = None  # the largest K tried; default: the configuration's, and at least 8
-    most_plans: int = 12  # whose acceptance is measured, beside the untuned and the precise plan
-    largest_group: int = 8
-    new_tokens: int = 64  # answered to each prompt where acceptance and rates are measured
-    rounds: int = 8  # of a plan or K at a time
-    turns: int = 3
-    temperature: float = 0.0
-    time_budget: float | None = None  # seconds
-    by_wall: bool | None = None  # rates by wall-clock; default: only where vLLM's kernels are not interpreted
-    baselines: tuple[str, ...] = BASELINES
 
 
 @dataclass
@@ -152,36 +133,37 @@ class Findings:
 class Tuner:
     """Runs the phases on real engines."""
 
-    def __init__(self, engine_args: EngineArgs, settings: Settings):
+    def __init__(self, engine_args: EngineArgs, options: TuneOptions, prompts: list[Prompt]):
         """engine_args: the target and whatever else vLLM is to be told, without a speculative configuration.
 
         Raises `ConfigError` for a configuration that can't be used.
         """
-        self.settings = settings
-        self.config = EasySpecConfig.parse(settings.config)
+        self.options, self.prompts = options, prompts
+        self.batch_sizes = sorted(set(options.batch_sizes))
+        self.config = EasySpecConfig.parse(options.config)
         self.config.check_model()
         least = max(2, self.config.num_speculative_tokens)  # the configuration is measured too
-        self.max_drafts = settings.max_drafts or max(8, least)
+        self.max_drafts = options.max_drafts or max(8, least)
         if self.max_drafts < least:
             raise ConfigError(f"max_drafts={self.max_drafts} is not allowed. Give at least {least}")
         shape = support.read_drafter(self.config.model, self.config.revision, self.config.code_revision)
         self.vocab_size = shape.vocab_size
-        untuned = {size: configured(self.config, size, shape.num_layers) for size in settings.batch_sizes}
-        by_wall = settings.by_wall if settings.by_wall is not None else not current_platform.is_cpu()
+        untuned = {size: configured(self.config, size, shape.num_layers) for size in self.batch_sizes}
+        by_wall = options.rate == "wall" if options.rate else not current_platform.is_cpu()
         self.found = Findings(shape.num_layers, untuned, by_wall)
-        largest = max(settings.batch_sizes)
-        self.trials = Trials(settings.prompts, largest, self.max_drafts, settings.new_tokens, settings.temperature)
+        largest = max(self.batch_sizes)
+        self.trials = Trials(prompts, largest, self.max_drafts, options.new_tokens, options.temperature)
         bind_cpus(engine_args.tensor_parallel_size)
         self.engine_args = changed(engine_args, max_num_seqs=largest, disable_log_stats=True, use_tqdm_on_load=False)
         self.observed: dict[tuple[int, Point], list[Pair]] = defaultdict(list)  # in trial, by batch size
-        self.progress = Progress(settings.time_budget)
+        self.progress = Progress(options.time_budget)
         self.found.unfinished = self.progress.unfinished
 
     # ---- the phases ----
 
     def tune(self) -> Findings:
         """Phases 1 to 5. Ends early where time runs out or the user interrupts; `Findings.unfinished` says where."""
-        config = load(self.settings.config) | {"num_speculative_tokens": self.max_drafts}
+        config = load(self.options.config) | {"num_speculative_tokens": self.max_drafts}
         try:
             with running(TunedEngine(changed(self.engine_args, speculative_config=config))) as engine:
                 self.start_seconds = self.progress.now() - self.progress.began
@@ -204,12 +186,12 @@ class Tuner:
         """Phase 6, with the tuned configuration in the file `tuned`."""
         speculative: dict[str, Any] = {
             "tuned": load(tuned),
-            "untuned": load(self.settings.config),
+            "untuned": load(self.options.config),
             "draft_model": self.config.draft_model(),
             "none": None,
         }
-        arms = [name for name in speculative if name == "tuned" or name in self.settings.baselines]
-        if not self.settings.baselines or self.progress.interrupted:
+        arms = [name for name in speculative if name == "tuned" or name in self.options.baselines]
+        if not self.options.baselines or self.progress.interrupted:
             return
         try:
             for name in self.progress.within("compare", arms, 0, 1.2 * self.start_seconds):
@@ -227,8 +209,8 @@ class Tuner:
     def _search(self, engine: TunedEngine) -> list[DraftPlan]:
         """The untuned plans, the precise one, and the best for each number of steps, the most promising first."""
         sums: dict[Any, dict[tuple[int, int], float]] = {scope: defaultdict(float) for scope in SCOPES}
-        prompts = [prompt["prompt_token_ids"][:SCORED_TOKENS] for prompt in self.settings.prompts[:SCORED_PROMPTS]]
-        largest, scored = min(self.settings.largest_group, self.found.num_layers), 0
+        prompts = [prompt["prompt_token_ids"][:SCORED_TOKENS] for prompt in self.prompts[:SCORED_PROMPTS]]
+        largest, scored = min(self.options.max_group, self.found.num_layers), 0
         for ids in self.progress.within("score", prompts):
             for scope in SCOPES:
                 for start, size, cost in engine.rpc("easyspec_group_costs", ids, scope, largest):
@@ -240,19 +222,19 @@ class Tuner:
                 if not plan.is_precise:
                     self.found.costs[plan] = plan_cost(plan, costs)
         precise = DraftPlan.precise(self.found.num_layers)
-        searched = most_promising(list(self.found.costs), self.found.costs, self.settings.most_plans)
+        searched = most_promising(list(self.found.costs), self.found.costs, self.options.plans)
         return list(dict.fromkeys([*(point.plan for point in self.found.untuned.values()), precise, *searched]))
 
     def _measure_acceptance(self, engine: TunedEngine, plans: list[DraftPlan]) -> None:
         expected = None
         params = self.trials.params.clone()
-        params.max_tokens = self.settings.new_tokens
+        params.max_tokens = self.options.new_tokens
         self.found.correction = {0: 1.0, self.max_drafts: 1.0}
         points = [Point(plan, self.max_drafts) for plan in plans]
         points[1:1] = [Point(plans[0], k) for k in self._fewer_drafts() if k]
         for point in self.progress.within("acceptance", points):
             engine.use(point)
-            answers = engine.answer(self.settings.prompts, params)
+            answers = engine.answer(self.prompts, params)
             stats = engine.rpc("easyspec_stats")
             if self.found.coverage is None:
                 self.found.coverage = self._coverage(engine, answers)
@@ -261,7 +243,7 @@ class Tuner:
             else:
                 by_acceptance = tokens_a_round(self.found.acceptance[point.plan], point.num_drafts)
                 self.found.correction[point.num_drafts] = stats["tokens_a_round"] / by_acceptance
-            if self.settings.temperature == 0:
+            if self.options.temperature == 0:
                 expected = expected or answers
                 self.found.same_answers = answers == expected and self.found.same_answers is not False
 
@@ -281,10 +263,10 @@ class Tuner:
         points = [Point(plan, self.max_drafts) for plan in plans]
         points += [Point(plans[0], k) for k in self._fewer_drafts()]
         seen: dict[tuple[int, Point], list[Observation]] = defaultdict(list)
-        sweeps = [(turn, size) for turn in range(self.settings.turns) for size in self.settings.batch_sizes]
+        sweeps = [(turn, size) for turn in range(self.options.turns) for size in self.batch_sizes]
 
         def go_on() -> Window:
-            return engine.run_rounds(self.settings.rounds)
+            return engine.run_rounds(self.options.rounds)
 
         for turn, size in self.progress.within("times", sweeps):
             engine.abort_requests()
@@ -295,13 +277,13 @@ class Tuner:
 
     def _make_room(self, engine: TunedEngine, size: int, turn: int) -> None:
         """Put requests in trial where none are, or where one could end within the next measurement."""
-        next_takes = (WARM_ROUNDS + self.settings.rounds) * (self.max_drafts + 1)
+        next_takes = (WARM_ROUNDS + self.options.rounds) * (self.max_drafts + 1)
         if not engine.generated or max(engine.generated.values()) + next_takes >= self.trials.params.max_tokens:
             engine.start_requests(self.trials.batch(size, turn), self.trials.params)
 
     def _confirm(self, engine: TunedEngine) -> None:
         points = self._worth_confirming()
-        turns = [(turn, size) for turn in range(self.settings.turns) for size in self.found.times]
+        turns = [(turn, size) for turn in range(self.options.turns) for size in self.found.times]
         for turn, size in self.progress.within("confirm", turns):
             self._run_trials(engine, size, points[size], turn)
 
@@ -324,7 +306,7 @@ class Tuner:
         """The fastest point is tried again beside its neighbours."""
         for _, size in self.progress.within("climb", list(product(range(CLIMBS), self.found.confirmed)), minimum=0):
             if points := self.found.neighbours(size):
-                for turn in range(self.settings.turns):
+                for turn in range(self.options.turns):
                     self._run_trials(engine, size, points, turn)
 
     def _run_trials(self, engine: TunedEngine, size: int, points: list[Point], turn: int) -> None:
@@ -337,7 +319,7 @@ class Tuner:
 
     def _run_arm(self, name: str, speculative_config: dict[str, Any] | None) -> None:
         """Tokens per second at each batch size of an engine of its own."""
-        arguments, turns = changed(self.engine_args, speculative_config=speculative_config), self.settings.turns
+        arguments, turns = changed(self.engine_args, speculative_config=speculative_config), self.options.turns
         try:
             with running(Engine(arguments, in_process=False)) as engine:
                 rates = {size: self.trials.wall_rate(engine, size, turns) for size in self.found.times}

@@ -20,6 +20,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm_easyspec.bench import BenchmarkError
 from vllm_easyspec.bench.engine import bind_cpus
 from vllm_easyspec.bench.prompts import read_prompts
+from vllm_easyspec.bench.report import check_writable
 from vllm_easyspec.drafter.vocabulary import (
     DraftVocabulary,
     VocabularyFile,
@@ -31,6 +32,7 @@ from vllm_easyspec.errors import ConfigError
 from vllm_easyspec.support import read_drafter, read_tokenizer
 from vllm_easyspec.tune.engine import Engine, running
 from vllm_easyspec.tune.fit import read_texts
+from vllm_easyspec.tune.options import FitOptions
 
 Documents = Sequence[Sequence[int]]
 PIECE = 256  # tokens of a document: long texts are cut
@@ -88,6 +90,22 @@ def count(
     hashed = tokenizer_hash(tokenizer.get_vocab())
     VocabularyFile(tokenizer=hashed, vocab_size=vocab_size, ids=ids, about=about).write(output)
     return about | {"tokens": len(ids), "vocab_size": vocab_size}
+
+
+def run(options: FitOptions) -> str:
+    """Count as `options` say, and write the vocabulary; returns what it covers, in words."""
+    assert options.vocabulary is not None
+    output = options.output or Path("vocabulary.json")
+    check_writable(output)
+    settings = CountSettings(options.vocabulary, options.tokens, prompt_tokens=options.length, ranks=options.ranks)
+    about = count(options.drafter, options.text, output, settings, options.target, options.engine_arguments)
+    what = "of the target's answers" if options.target else "of text"
+    return (
+        f"{about['tokens']:,} of {about['vocab_size']:,} tokens, counted in {about['counted_tokens']:,} {what}.\n"
+        f"Counted in four fifths of it, they cover {about['coverage']:.2%} of the {about['held_out_tokens']:,} tokens "
+        f"of the rest; as many of the lowest ids cover {about['coverage_of_lowest_ids']:.2%}.\n"
+        f"wrote {output}, {output.stat().st_size:,} bytes"
+    )
 
 
 def most_used(first: Documents, then: Documents, size: int, vocab_size: int) -> list[int]:
