@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from vllm_easyspec.bench.report import surroundings, write, write_text
+from vllm_easyspec.bench.results import surroundings, write, write_text
 from vllm_easyspec.bench.step_clock import StepClock
 from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.metrics import StageClock

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from vllm_easyspec.bench.report import surroundings, write
+from vllm_easyspec.bench.results import surroundings, write
 
 ROOT = Path(__file__).resolve().parents[1]
 SWITCH = "TRITON_INTERPRETER_PLAIN_KERNELS"

@@ -13,7 +13,7 @@ from statistics import median
 import torch
 from rounds import DRAFTS, PAIR, PLANS
 
-from vllm_easyspec.bench.report import surroundings, write
+from vllm_easyspec.bench.results import surroundings, write
 from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.engineless import EnginelessDrafter
 from vllm_easyspec.lookahead import LookaheadFile, LookaheadMaps

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from vllm_easyspec.bench.report import write
+from vllm_easyspec.bench.results import write
 from vllm_easyspec.drafter.architectures import DrafterShape
 from vllm_easyspec.drafter.placement import MlpPlacement, choose_mlp
 from vllm_easyspec.drafter.plan import SCOPES, DraftPlan

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch
 
 from vllm_easyspec import ops
-from vllm_easyspec.bench.report import surroundings, table, write
+from vllm_easyspec.bench.results import surroundings, table, write
 
 RANKS, NUM_BLOCKS, BLOCK_SIZE = 2, 100, 32
 

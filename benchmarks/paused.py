@@ -12,7 +12,7 @@ from rounds import PAIR, held_out_ids
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_easyspec import plugin
-from vllm_easyspec.tune.engine import Engine, running
+from vllm_easyspec.tune.requests import AskedEngine
 from vllm_easyspec.tune.trials import Trials
 
 SIZES, TOKENS, TURNS = (1, 8), 64, 2
@@ -39,7 +39,7 @@ def main() -> None:
             disable_log_stats=True,
             speculative_config=config,
         )
-        with running(Engine(arguments, in_process=False)) as engine:
+        with AskedEngine(arguments, in_process=False) as engine:
             rates = {size: round(trials.wall_rate(engine, size, TURNS), 1) for size in SIZES}
         print(name, {f"batch size {size}": f"{rate} tokens/s" for size, rate in rates.items()}, flush=True)
 

@@ -21,7 +21,7 @@ from vllm_easyspec import plugin
 from vllm_easyspec.bench import engine
 from vllm_easyspec.bench.draft_step import read_bandwidth
 from vllm_easyspec.bench.prompts import random_prompts
-from vllm_easyspec.bench.report import surroundings, table, write
+from vllm_easyspec.bench.results import surroundings, table, write
 from vllm_easyspec.drafter.architectures import DrafterShape
 from vllm_easyspec.ranks import run_ranks
 

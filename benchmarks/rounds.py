@@ -16,7 +16,7 @@ from statistics import median
 
 from vllm import LLM, SamplingParams
 
-from vllm_easyspec.bench.report import surroundings, write
+from vllm_easyspec.bench.results import surroundings, write
 
 ROOT = Path(__file__).resolve().parents[1]
 PAIR = ROOT / "examples" / "tiny-pair"

@@ -15,10 +15,10 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_easyspec import plugin, support
-from vllm_easyspec.bench.report import surroundings, write
+from vllm_easyspec.bench.results import surroundings, write
 from vllm_easyspec.config import EasySpecConfig, load
-from vllm_easyspec.tune.engine import TunedEngine, running
 from vllm_easyspec.tune.planner import Point
+from vllm_easyspec.tune.requests import TunedEngine
 from vllm_easyspec.tune.trials import Pair, Trials, confirmed
 from vllm_easyspec.tune.tuner import configured
 
@@ -48,7 +48,7 @@ def compare(model: Path, untuned: Path, tuned: Path, ranks: int, sizes: list[int
         disable_log_stats=True,
         speculative_config=load(tuned) | {"num_speculative_tokens": max(2, most)},
     )
-    with running(TunedEngine(arguments)) as engine:
+    with TunedEngine(arguments) as engine:
         tokenizer = engine.llm.get_tokenizer()
         texts = held_out_prompts(48, 64, offset=3)
         prompts = [{"prompt_token_ids": tokenizer.encode(text)} for text in texts]

@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from vllm_easyspec.bench.report import write  # noqa: E402
+from vllm_easyspec.bench.results import write  # noqa: E402
 
 CHECKS, FIGURES = "tools/gpu_checks.py", "benchmarks/gpu_figures.py"
 # What was built must also load, with CUDA kernels if this torch has CUDA: only a process started after the build can

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "tests" / "e2e"))
 from engines import AUDIT_LIMIT, audited, configure, easyspec, engine, greedy, mixed_prompts, stats  # noqa: E402
 
 from vllm_easyspec.bench.processes import in_new_process  # noqa: E402
-from vllm_easyspec.bench.report import surroundings, write  # noqa: E402
+from vllm_easyspec.bench.results import surroundings, write  # noqa: E402
 from vllm_easyspec.drafter.xformers_attention import why_unusable  # noqa: E402
 
 NEW_TOKENS = 48

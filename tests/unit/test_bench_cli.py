@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_models import CONFIGS, DRAFTER, HF_CONFIGS, TARGET, easyspec
 
-from vllm_easyspec.bench import BenchmarkError, engine, plot, report
+from vllm_easyspec.bench import BenchmarkError, engine, plot, results
 from vllm_easyspec.bench.engine import Measured, Workload, visiting_order
 from vllm_easyspec.bench.serving import Answer, Level
 from vllm_easyspec.cli import main
@@ -238,17 +238,17 @@ def test_draft_step_plot(tmp_path):
 
 def test_result_file_is_never_half_written(tmp_path):
     path = tmp_path / "result.json"
-    report.write(path, {"rows": [1]})
+    results.write(path, {"rows": [1]})
     with pytest.raises(TypeError):
-        report.write(path, {"rows": object()})
+        results.write(path, {"rows": object()})
     assert json.loads(path.read_text()) == {"rows": [1]}
-    report.write(None, {})
+    results.write(None, {})
 
 
 def test_paths_below_the_current_folder_are_told_from_there(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert report.from_here(str(tmp_path / "a" / "b")) == str(Path("a/b"))
-    assert report.from_here("owner/name") == "owner/name"
+    assert results.from_here(str(tmp_path / "a" / "b")) == str(Path("a/b"))
+    assert results.from_here("owner/name") == "owner/name"
 
 
 @pytest.mark.parametrize(
@@ -261,5 +261,5 @@ def test_paths_below_the_current_folder_are_told_from_there(monkeypatch, tmp_pat
     ],
 )
 def test_command_as_a_shell_takes_it(monkeypatch, program, name):
-    monkeypatch.setattr("sys.argv", [str(report.ROOT / program), "bench", "--config", "a b.yaml"])
-    assert report.surroundings()["command"] == f"{name} bench --config 'a b.yaml'"
+    monkeypatch.setattr("sys.argv", [str(results.ROOT / program), "bench", "--config", "a b.yaml"])
+    assert results.surroundings()["command"] == f"{name} bench --config 'a b.yaml'"

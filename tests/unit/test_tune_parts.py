@@ -4,9 +4,9 @@ import pytest
 
 from vllm_easyspec.cli import main
 from vllm_easyspec.drafter.plan import DraftPlan
-from vllm_easyspec.tune.engine import WARM_ROUNDS, Engine, TunedEngine, Window
 from vllm_easyspec.tune.planner import Point
 from vllm_easyspec.tune.progress import Progress
+from vllm_easyspec.tune.requests import WARM_ROUNDS, AskedEngine, TunedEngine, Window
 from vllm_easyspec.tune.trials import Observation, Trials, confirmed, in_turn
 
 
@@ -136,7 +136,7 @@ def test_numbers_have_a_least_value(capsys):
     assert "argument --new-tokens: 7 is less than 8" in capsys.readouterr().err
 
 
-class Scripted(Engine):
+class Scripted(AskedEngine):
     """Requests that gain what a script says, round by round."""
 
     def __init__(self, **gains: list[int]):

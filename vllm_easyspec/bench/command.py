@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from vllm_easyspec.bench import BenchmarkError, engine, plot, report
+from vllm_easyspec.bench import BenchmarkError, engine, plot, results
 from vllm_easyspec.bench.draft_step import ROOM, measure
 from vllm_easyspec.bench.options import DraftStepOptions, EngineOptions
 from vllm_easyspec.drafter.plan import DraftPlan
@@ -13,7 +13,7 @@ from vllm_easyspec.support import read_drafter
 
 def draft_step(options: DraftStepOptions) -> str:
     """Measure, and write the files that `options` names; returns the table. Raises `BenchmarkError`."""
-    report.check_writable(options.json)
+    results.check_writable(options.json)
     plot.check(options.plot)
     shape = read_drafter(options.drafter, None)
     longest = shape.max_position_embeddings - ROOM
@@ -38,14 +38,14 @@ def draft_step(options: DraftStepOptions) -> str:
         draft_vocabulary=options.draft_vocabulary,
     )
     settings = as_json(options, "json", "plot") | {"context": contexts}
-    report.write(options.json, report.surroundings() | {"settings": settings, "rows": rows})
+    results.write(options.json, results.surroundings() | {"settings": settings, "rows": rows})
     if options.plot:
         plot.draft_step(rows, options.plot)
     names = ("scope", "plan", "ranks", "batch", "context")
     times = {"step_ms": 3, "precise_ms": 3, "speedup": 2, "floor_ms": 3}  # and digits
     header = [*names, *(name.replace("_", " ") for name in times)]
     cells = ([*map(row.get, names), *(f"{row[name]:.{digits}f}" for name, digits in times.items())] for row in rows)
-    return report.table(header, cells)
+    return results.table(header, cells)
 
 
 def engines(options: EngineOptions, say: Callable[[str], None]) -> tuple[str, BenchmarkError | None]:
@@ -53,14 +53,14 @@ def engines(options: EngineOptions, say: Callable[[str], None]) -> tuple[str, Be
 
     say: is told what goes on. Raises `BenchmarkError` or `ConfigError` for what can't be measured.
     """
-    report.check_writable(options.json)
+    results.check_writable(options.json)
     plot.check(options.plot)
     config, workload, arguments = engine.prepare(options)
-    result = report.surroundings() | {"settings": as_json(options, "json", "plot")}
+    result = results.surroundings() | {"settings": as_json(options, "json", "plot")}
 
     def keep(measured: dict[str, Any]) -> None:
         result.update(measured)
-        report.write(options.json, result)
+        results.write(options.json, result)
 
     why = None
     try:

@@ -8,11 +8,9 @@ number of tokens. The expected outputs are those of `none`'s first turn at the s
 show how far the target alone repeats itself.
 """
 
-import gc
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,12 +18,21 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.transformers_utils.config import get_hf_text_config
+from vllm.usage.usage_lib import UsageContext
+
 from vllm_easyspec.bench import BenchmarkError
+from vllm_easyspec.bench.llm import Engine, bind_cpus
 from vllm_easyspec.bench.options import EngineOptions
 from vllm_easyspec.bench.prompts import random_prompts, read_prompts
-from vllm_easyspec.bench.report import from_here, table
+from vllm_easyspec.bench.results import from_here, table
 from vllm_easyspec.bench.serving import Level, compare, serve, summary
+from vllm_easyspec.bench.step_clock import StepClock
+from vllm_easyspec.compat import remove_worker_extension
 from vllm_easyspec.config import EasySpecConfig
+from vllm_easyspec.support import read_hf_config
 
 WARM_UP_TOKENS = 16
 ON_CPU = (
@@ -121,8 +128,6 @@ def run(
     configs: each arm's `speculative_config`, in the order of a turn; None is no speculation.
     Raises `BenchmarkError` where an engine doesn't start.
     """
-    from vllm.platforms import current_platform
-
     synthetic = any(arm and arm.get("rejection_sample_method") == "synthetic" for arm in configs.values())
     notes = [
         note
@@ -142,10 +147,10 @@ def run(
 
     for name, visits in itertools.groupby(visiting_order(list(configs), turns)):
         say(f"{name}: starting")
-        with _engine(name, model, configs[name], engine_arguments) as llm:
-            arms[name] = {"speculative_config": _shown(configs[name])} | llm.collective_rpc("bench_attach")[0]
+        with _started(name, model, configs[name], engine_arguments) as engine:
+            arms[name] = {"speculative_config": _shown(configs[name])} | engine.rpc("bench_attach")
             for _, concurrency in itertools.product(visits, workload.concurrency):
-                measured = _measure(llm, name, workload, concurrency)
+                measured = _measure(engine, name, workload, concurrency)
                 kept = results.setdefault((name, concurrency), Measured())
                 kept.levels.append(measured[0])
                 kept.speculation.append(measured[1])
@@ -198,70 +203,45 @@ def _shown(config: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _text_config(model: str) -> Any:
-    from vllm.transformers_utils.config import get_hf_text_config
-
-    from vllm_easyspec.support import read_hf_config
-
     return get_hf_text_config(read_hf_config(model, revision=None))
 
 
-def bind_cpus(ranks: int) -> None:
-    """On a CPU, the binding that easyspec gives its ranks, for all arms: plain vLLM wants a NUMA node per rank."""
-    from vllm.platforms import current_platform
-
-    from vllm_easyspec.compat import OMP_BINDING, cpu_lists, usable_cpus
-
-    if current_platform.is_cpu() and ranks > 1:
-        os.environ.setdefault(OMP_BINDING, cpu_lists(ranks, usable_cpus(ranks)))
-
-
 @contextmanager
-def _engine(
+def _started(
     name: str, model: str, speculative_config: dict[str, Any] | None, arguments: dict[str, Any]
-) -> Iterator[Any]:
-    from vllm import LLM, envs
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    from vllm_easyspec.bench import step_clock
-    from vllm_easyspec.compat import remove_worker_extension
-
+) -> Iterator[Engine]:
     fixed: dict[str, Any] = dict(
         skip_tokenizer_init=True,
         disable_log_stats=False,  # acceptance is counted there, in every arm
-        worker_extension_cls=f"{step_clock.__name__}.{step_clock.StepClock.__name__}",
+        worker_extension_cls=f"{StepClock.__module__}.{StepClock.__name__}",
         speculative_config=speculative_config,
     )
     # A prompt comes again at every level and in every turn.
     defaults: dict[str, Any] = dict(enable_prefix_caching=False, use_tqdm_on_load=False)
     try:
-        llm = LLM(model, **(defaults | arguments | fixed))
+        engine = Engine(EngineArgs(model, **(defaults | arguments | fixed)), usage_context=UsageContext.LLM_CLASS)
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise BenchmarkError(f"the engine of {name} did not start: {' '.join(str(error).split()):.600}") from error
     try:
-        yield llm
+        with engine:
+            yield engine
     finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        if not envs.VLLM_ENABLE_V1_MULTIPROCESSING:  # its worker was in this process, and so is its memory
-            remove_worker_extension(step_clock.StepClock)
-            cleanup_dist_env_and_memory()
+        remove_worker_extension(StepClock)  # where its worker was in this process
 
 
-def _measure(llm: Any, name: str, workload: Workload, concurrency: int) -> tuple[Level, dict[str, Any]]:
+def _measure(engine: Engine, name: str, workload: Workload, concurrency: int) -> tuple[Level, dict[str, Any]]:
     prompts = workload.level(concurrency)
-    engine = llm.llm_engine
-    serve(engine, prompts[:concurrency], concurrency, min(WARM_UP_TOKENS, workload.output_tokens))
+    serve(engine.llm, prompts[:concurrency], concurrency, min(WARM_UP_TOKENS, workload.output_tokens))
     ours = name not in ("none", "draft_model")
-    llm.collective_rpc("bench_times")
+    engine.rpc("bench_times")
     if ours:
-        llm.collective_rpc("easyspec_stats", kwargs={"reset": True})
-    before = _drafted(llm)
-    level = serve(engine, prompts, concurrency, workload.output_tokens)
-    drafts, *accepted = (after - earlier for after, earlier in zip(_drafted(llm), before, strict=True))
-    found = {"drafts": drafts, "accepted_at": accepted, **llm.collective_rpc("bench_times")[0]}
+        engine.rpc("easyspec_stats", reset=True)
+    before = _drafted(engine.llm)
+    level = serve(engine.llm, prompts, concurrency, workload.output_tokens)
+    drafts, *accepted = (after - earlier for after, earlier in zip(_drafted(engine.llm), before, strict=True))
+    found = {"drafts": drafts, "accepted_at": accepted, **engine.rpc("bench_times")}
     if ours:
-        found["calibrate"] = llm.collective_rpc("easyspec_stats")[0]["stage_ms"]["calibrate"]
+        found["calibrate"] = engine.rpc("easyspec_stats")["stage_ms"]["calibrate"]
     return level, found
 
 

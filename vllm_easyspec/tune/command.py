@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_easyspec import plugin
+from vllm_easyspec.bench.llm import parse_engine_args
 from vllm_easyspec.bench.plot import require_matplotlib
 from vllm_easyspec.bench.prompts import read_prompts
-from vllm_easyspec.bench.report import check_writable, machine, surroundings, write, write_text
+from vllm_easyspec.bench.results import check_writable, machine, surroundings, write, write_text
 from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.errors import ConfigError
 from vllm_easyspec.metrics import plan_json
@@ -56,8 +56,7 @@ def run(options: TuneOptions) -> str:
 
 
 def _engine_args(model: str, ranks: int, arguments: Sequence[str]) -> EngineArgs:
-    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm-easyspec tune ... --"))
-    engine_args = EngineArgs.from_cli_args(parser.parse_args(list(arguments)))
+    engine_args = parse_engine_args("tune", arguments)
     if engine_args.speculative_config is not None:
         raise ConfigError("--speculative-config is not allowed after --: tune tries its own. Give --config")
     for field, instead in TUNES_OWN.items():

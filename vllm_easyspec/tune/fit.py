@@ -25,7 +25,7 @@ from vllm.distributed import get_tp_group
 
 from vllm_easyspec.bench import BenchmarkError
 from vllm_easyspec.bench.prompts import json_lines, read_text
-from vllm_easyspec.bench.report import check_writable, table
+from vllm_easyspec.bench.results import check_writable, table
 from vllm_easyspec.config import LayerParallelConfig
 from vllm_easyspec.drafter.plan import SCOPES, DraftPlan
 from vllm_easyspec.engineless import EnginelessDrafter

@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 from vllm_easyspec.bench import plot
-from vllm_easyspec.bench.report import machine
+from vllm_easyspec.bench.results import machine
 from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.tune.planner import tokens_a_round
 from vllm_easyspec.tune.tuner import Findings
@@ -27,7 +27,7 @@ pre { background: #f5f5f5; padding: .8rem; white-space: pre-wrap; font-size: 13p
 
 
 def html_report(found: Findings, run: dict[str, Any], tuned: str) -> str:
-    """run: command, commit, versions and hardware (`bench/report.py`); tuned: the YAML."""
+    """run: command, commit, versions and hardware (`bench/results.py`); tuned: the YAML."""
     parts = [f"<h1>easyspec tuning: {escape(run['target'])}, drafter {escape(run['drafter'])}</h1>", _about(run)]
     parts += [f'<p class="note">Not finished: {escape("; ".join(found.unfinished))}.</p>' for _ in found.unfinished[:1]]
     parts += ["<h2>Chosen</h2>", _chosen_table(found), _how_measured(found)]

@@ -7,8 +7,8 @@ from typing import Any
 
 from vllm import SamplingParams
 
-from vllm_easyspec.tune.engine import WARM_ROUNDS, Engine, Prompt, TunedEngine, Window
 from vllm_easyspec.tune.planner import Point
+from vllm_easyspec.tune.requests import WARM_ROUNDS, AskedEngine, Prompt, TunedEngine, Window
 
 TRIALS_A_TURN = 15  # of one request in a turn, fewer of larger batches
 
@@ -85,7 +85,7 @@ class Trials:
                 seen[point] = Observation.of(*engine.measure(point, lambda: engine.run_tokens(self.tokens)))
             yield from ((point, (observed, seen[reference])) for point, observed in seen.items())
 
-    def wall_rate(self, engine: Engine, size: int, turns: int) -> float:
+    def wall_rate(self, engine: AskedEngine, size: int, turns: int) -> float:
         """Tokens per second of any engine, on the prompts that `compare` takes."""
         windows = []
         for trial in (number for turn in range(turns) for number in self.numbers(size, turn)):

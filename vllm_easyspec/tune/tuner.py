@@ -27,12 +27,11 @@ from vllm.platforms import current_platform
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_easyspec import support
-from vllm_easyspec.bench.engine import bind_cpus
+from vllm_easyspec.bench.llm import bind_cpus, changed
 from vllm_easyspec.config import EasySpecConfig, load
 from vllm_easyspec.drafter.plan import SCOPES, DraftPlan
 from vllm_easyspec.drafter.vocabulary import DraftVocabulary
 from vllm_easyspec.errors import ConfigError
-from vllm_easyspec.tune.engine import WARM_ROUNDS, Engine, Prompt, TunedEngine, Window, changed, running
 from vllm_easyspec.tune.options import TuneOptions
 from vllm_easyspec.tune.planner import (
     Point,
@@ -47,6 +46,7 @@ from vllm_easyspec.tune.planner import (
     tokens_a_round,
 )
 from vllm_easyspec.tune.progress import Progress
+from vllm_easyspec.tune.requests import WARM_ROUNDS, AskedEngine, Prompt, TunedEngine, Window
 from vllm_easyspec.tune.trials import Confirmed, Observation, Pair, Trials, confirmed, in_turn
 
 SCORED_PROMPTS, SCORED_TOKENS = 8, 128
@@ -165,7 +165,7 @@ class Tuner:
         """Phases 1 to 5. Ends early where time runs out or the user interrupts; `Findings.unfinished` says where."""
         config = load(self.options.config) | {"num_speculative_tokens": self.max_drafts}
         try:
-            with running(TunedEngine(changed(self.engine_args, speculative_config=config))) as engine:
+            with TunedEngine(changed(self.engine_args, speculative_config=config)) as engine:
                 self.start_seconds = self.progress.now() - self.progress.began
                 self._check_room(engine.llm.model_config.max_model_len)
                 self._measure_acceptance(engine, self._search(engine))
@@ -321,7 +321,7 @@ class Tuner:
         """Tokens per second at each batch size of an engine of its own."""
         arguments, turns = changed(self.engine_args, speculative_config=speculative_config), self.options.turns
         try:
-            with running(Engine(arguments, in_process=False)) as engine:
+            with AskedEngine(arguments, in_process=False) as engine:
                 rates = {size: self.trials.wall_rate(engine, size, turns) for size in self.found.times}
         except (RuntimeError, ValueError, EngineDeadError) as error:  # the others go on
             self.found.failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]

@@ -14,13 +14,11 @@ from typing import Any
 
 from tqdm import tqdm
 from vllm import SamplingParams
-from vllm.engine.arg_utils import EngineArgs
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_easyspec.bench import BenchmarkError
-from vllm_easyspec.bench.engine import bind_cpus
+from vllm_easyspec.bench.llm import bind_cpus, parse_engine_args
 from vllm_easyspec.bench.prompts import read_prompts
-from vllm_easyspec.bench.report import check_writable
+from vllm_easyspec.bench.results import check_writable
 from vllm_easyspec.drafter.vocabulary import (
     DraftVocabulary,
     VocabularyFile,
@@ -30,9 +28,9 @@ from vllm_easyspec.drafter.vocabulary import (
 )
 from vllm_easyspec.errors import ConfigError
 from vllm_easyspec.support import read_drafter, read_tokenizer
-from vllm_easyspec.tune.engine import Engine, running
 from vllm_easyspec.tune.fit import read_texts
 from vllm_easyspec.tune.options import FitOptions
+from vllm_easyspec.tune.requests import AskedEngine
 
 Documents = Sequence[Sequence[int]]
 PIECE = 256  # tokens of a document: long texts are cut
@@ -134,8 +132,7 @@ def _answers(target: str, text: Documents, settings: CountSettings, engine_argum
     """What the target writes after prompts spread evenly over the text."""
     wanted = min(len(text), -(-settings.tokens // settings.answer_tokens))
     prompts = [list(text[number * len(text) // wanted][: settings.prompt_tokens]) for number in range(wanted)]
-    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm-easyspec fit ... --"))
-    arguments = EngineArgs.from_cli_args(parser.parse_args(list(engine_arguments)))
+    arguments = parse_engine_args("fit", engine_arguments)
     arguments.model, arguments.tensor_parallel_size = target, settings.ranks
     arguments.max_model_len = arguments.max_model_len or settings.prompt_tokens + settings.answer_tokens
     arguments.disable_log_stats = True
@@ -144,7 +141,7 @@ def _answers(target: str, text: Documents, settings: CountSettings, engine_argum
     answers: list[list[int]] = []
     try:
         with (
-            running(Engine(arguments, in_process=False)) as engine,
+            AskedEngine(arguments, in_process=False) as engine,
             tqdm(total=wanted, desc="answers", unit="prompt", file=sys.stderr) as bar,
         ):
             for start in range(0, wanted, 64):

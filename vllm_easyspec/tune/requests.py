@@ -5,26 +5,20 @@ where the scheduler's table of K by batch size (`num_speculative_tokens_per_batc
 and each figure is measured at its own K. Baselines run as usual, in processes of their own.
 """
 
-import copy
-import gc
 import itertools
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vllm import SamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.engine.llm_engine import LLMEngine
 
+from vllm_easyspec.bench.llm import Engine, changed
 from vllm_easyspec.compat import scheduled_drafts
 from vllm_easyspec.errors import ConfigError
 from vllm_easyspec.tune.planner import Point
 
-MULTIPROCESSING = "VLLM_ENABLE_V1_MULTIPROCESSING"
 WARM_ROUNDS = 2  # after a change of K: the first round still verifies drafts of the old one
 Prompt = dict[str, list[int]]  # vLLM's form of a prompt of token ids
 
@@ -44,18 +38,11 @@ class Window:
         return 1e3 * self.seconds / self.rounds
 
 
-class Engine:
+class AskedEngine(Engine):
     """An engine and the requests in it."""
 
     def __init__(self, engine_args: EngineArgs, in_process: bool):
-        saved = os.environ.get(MULTIPROCESSING)
-        os.environ[MULTIPROCESSING] = "0" if in_process else "1"
-        try:
-            self.llm = LLMEngine.from_engine_args(changed(engine_args))
-        finally:
-            del os.environ[MULTIPROCESSING]
-            if saved is not None:
-                os.environ[MULTIPROCESSING] = saved
+        super().__init__(engine_args, in_process)
         self.names = itertools.count()
         self.generated: dict[str, int] = {}  # tokens of each request in trial
 
@@ -130,15 +117,8 @@ class Engine:
                 )
             self.generated[out.request_id] = len(out.outputs[0].token_ids)
 
-    def rpc(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Rank 0's reply; all ranks are asked."""
-        return self.llm.collective_rpc(method, args=args, kwargs=kwargs)[0]
 
-    def stop(self) -> None:
-        self.llm.engine_core.shutdown()
-
-
-class TunedEngine(Engine):
+class TunedEngine(AskedEngine):
     """An engine with easyspec in which any plan and any K up to the configured one can be used."""
 
     def __init__(self, engine_args: EngineArgs):
@@ -166,7 +146,7 @@ class TunedEngine(Engine):
         self.rpc("easyspec_capture", batch_sizes=batch_sizes, num_speculative_tokens=drafts)
 
     def measure(self, point: Point, go_on: Callable[[], Window]) -> tuple[Window, dict[str, Any]]:
-        """The requests in trial under `point`, and rank 0's counters of that; go_on: `fly` or `write`.
+        """The requests in trial under `point`, and rank 0's counters of that; go_on: `run_rounds` or `run_tokens`.
 
         Raises RuntimeError where vLLM's scheduler did not take the K that it was given.
         """
@@ -178,23 +158,3 @@ class TunedEngine(Engine):
         if drafted != {point.num_drafts}:
             raise RuntimeError(f"rounds were to draft {point.num_drafts} tokens, and drafted {sorted(drafted)}")
         return window, stats
-
-
-@contextmanager
-def running(engine: Engine) -> Iterator[Any]:
-    """Stop the engine at the end and give its memory back."""
-    try:
-        yield engine
-    finally:
-        engine.stop()
-        del engine.llm
-        gc.collect()
-        cleanup_dist_env_and_memory()
-
-
-def changed(engine_args: EngineArgs, **changes: Any) -> EngineArgs:
-    """A copy; vLLM, and easyspec's hook in it, write into what they are given."""
-    copied = copy.deepcopy(engine_args)
-    for name, value in changes.items():
-        setattr(copied, name, value)
-    return copied

@@ -1,0 +1,77 @@
+"""An engine of vLLM's for benchmarks and tuning: started, asked, stopped."""
+
+import copy
+import gc
+import os
+from collections.abc import Sequence
+from typing import Any, Self
+
+from vllm import envs
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.usage.usage_lib import UsageContext
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from vllm_easyspec.compat import OMP_BINDING, cpu_lists, usable_cpus
+
+MULTIPROCESSING = "VLLM_ENABLE_V1_MULTIPROCESSING"
+
+
+class Engine:
+    """One of vLLM's engines. A `with` block stops it and gives back the memory that it held in this process."""
+
+    def __init__(
+        self,
+        engine_args: EngineArgs,
+        in_process: bool | None = None,
+        usage_context: UsageContext = UsageContext.ENGINE_CONTEXT,
+    ):
+        """in_process: whether the engine runs in this process; by default as vLLM's environment says.
+
+        usage_context: what vLLM's defaults for batches go by.
+        """
+        self.in_process = not envs.VLLM_ENABLE_V1_MULTIPROCESSING if in_process is None else in_process
+        saved = os.environ.get(MULTIPROCESSING)
+        os.environ[MULTIPROCESSING] = "0" if self.in_process else "1"
+        try:
+            self.llm = LLMEngine.from_engine_args(changed(engine_args), usage_context=usage_context)
+        finally:
+            del os.environ[MULTIPROCESSING]
+            if saved is not None:
+                os.environ[MULTIPROCESSING] = saved
+
+    def rpc(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Rank 0's reply; all ranks are asked."""
+        return self.llm.collective_rpc(method, args=args, kwargs=kwargs)[0]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.llm.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+        if self.in_process:
+            cleanup_dist_env_and_memory()
+
+
+def changed(engine_args: EngineArgs, **changes: Any) -> EngineArgs:
+    """A copy; vLLM, and easyspec's hook in it, write into what they are given."""
+    copied = copy.deepcopy(engine_args)
+    for name, value in changes.items():
+        setattr(copied, name, value)
+    return copied
+
+
+def parse_engine_args(command: str, arguments: Sequence[str]) -> EngineArgs:
+    """Options of vLLM's own, as `vllm serve` takes them; command: which takes them after `--`."""
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog=f"vllm-easyspec {command} ... --"))
+    return EngineArgs.from_cli_args(parser.parse_args(list(arguments)))
+
+
+def bind_cpus(ranks: int) -> None:
+    """On a CPU, give ranks the CPUs that easyspec gives them: without it vLLM wants a NUMA node per rank."""
+    if current_platform.is_cpu() and ranks > 1:
+        os.environ.setdefault(OMP_BINDING, cpu_lists(ranks, usable_cpus(ranks)))
