@@ -14,6 +14,7 @@ from vllm import EngineArgs
 
 from vllm_easyspec import plugin
 from vllm_easyspec.bench import BenchmarkError
+from vllm_easyspec.bench.prompts import read_texts
 from vllm_easyspec.cli import main
 from vllm_easyspec.config import OPTIONS_KEY, EasySpecConfig, RuntimeOptions
 from vllm_easyspec.drafter.architectures import DrafterShape
@@ -21,7 +22,8 @@ from vllm_easyspec.drafter.placement import LayerPlacement
 from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.errors import ConfigError
 from vllm_easyspec.lookahead import LookaheadFile, LookaheadMaps, check_lookahead, drafter_identity, write_maps
-from vllm_easyspec.tune.fit import Moments, PairMoments, _reach, cut, read_texts
+from vllm_easyspec.tune.fit import _reach, cut
+from vllm_easyspec.tune.least_squares import Moments, PairMoments
 
 HIDDEN = 128  # the tiny drafter's
 SHAPE = DrafterShape.from_hf_config(AutoConfig.from_pretrained(DRAFTER))

@@ -2,13 +2,14 @@
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm_easyspec.bench import BenchmarkError
 
 FORMS = 'Allowed are {"prompt": text or token ids}, {"text": ...} and {"turns": [...]}, of which the first is asked'
+TEXT_FORMS = 'Allowed are "...", {"text": "..."} and {"prompt": "..."}'
 
 
 def read_prompts(path: Path, model: str, limit: int | None = None) -> list[list[int]]:
@@ -40,6 +41,24 @@ def json_lines(path: Path, option: str, forms: str) -> Iterator[tuple[str, Any]]
                 yield place, json.loads(line)
             except json.JSONDecodeError as error:
                 raise BenchmarkError(f"{place} is not JSON ({error.msg}). {forms}") from error
+
+
+def read_texts(paths: Sequence[Path]) -> list[str]:
+    """Each plain file is a text; of a JSONL file each line, `"..."`, `{"text": ...}` or `{"prompt": ...}`, is one."""
+    texts = []
+    for path in paths:
+        if path.suffix == ".jsonl":
+            texts += [_text_of(entry, place) for place, entry in json_lines(path, "--text", TEXT_FORMS)]
+        else:
+            texts.append(read_text(path, "--text"))
+    return texts
+
+
+def _text_of(entry: Any, place: str) -> str:
+    text = entry.get("text", entry.get("prompt")) if isinstance(entry, dict) else entry
+    if not isinstance(text, str):
+        raise BenchmarkError(f"{place} is {json.dumps(entry):.60}. {TEXT_FORMS}")
+    return text
 
 
 def random_prompts(count: int, tokens: int, vocab_size: int) -> list[list[int]]:

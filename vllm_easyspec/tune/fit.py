@@ -10,7 +10,6 @@ much again of held-out sequences.
 
 import hashlib
 import itertools
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,8 +22,7 @@ from torch.distributed import all_gather_object
 from tqdm import tqdm
 from vllm.distributed import get_tp_group
 
-from vllm_easyspec.bench import BenchmarkError
-from vllm_easyspec.bench.prompts import json_lines, read_text
+from vllm_easyspec.bench.prompts import read_texts
 from vllm_easyspec.bench.results import check_writable, table
 from vllm_easyspec.config import LayerParallelConfig
 from vllm_easyspec.drafter.plan import SCOPES, DraftPlan
@@ -42,6 +40,7 @@ from vllm_easyspec.lookahead import (
 from vllm_easyspec.metrics import plan_json
 from vllm_easyspec.ranks import run_ranks
 from vllm_easyspec.support import read_drafter
+from vllm_easyspec.tune.least_squares import PairMoments
 from vllm_easyspec.tune.options import FitOptions, FitSettings
 
 BATCH = 32  # sequences read side by side
@@ -50,119 +49,10 @@ SHORTEST = 16  # tokens of text that a sequence begins with
 # What a lower rank may lose of the held-out R2. On the tiny pair half the rank loses 0.03, and 0.6 to 1.1 points of own
 # rate; it halves what maps cost of a step, which is 8 to 21 percent at full rank.
 NEARLY_BEST = 0.035
-TEXT_FORMS = 'Allowed are "...", {"text": "..."} and {"prompt": "..."}'
 
 Pair = tuple[int, int]  # group start, later layer
 K = TypeVar("K")
 V = TypeVar("V")
-
-
-# ---- text ----
-
-
-def read_texts(paths: Sequence[Path]) -> list[str]:
-    """Each plain file is a text; of a JSONL file each line, `"..."`, `{"text": ...}` or `{"prompt": ...}`, is one."""
-    texts = []
-    for path in paths:
-        if path.suffix == ".jsonl":
-            texts += [_text_of(entry, place) for place, entry in json_lines(path, "--text", TEXT_FORMS)]
-        else:
-            texts.append(read_text(path, "--text"))
-    return texts
-
-
-def _text_of(entry: Any, place: str) -> str:
-    text = entry.get("text", entry.get("prompt")) if isinstance(entry, dict) else entry
-    if not isinstance(text, str):
-        raise BenchmarkError(f"{place} is {json.dumps(entry):.60}. {TEXT_FORMS}")
-    return text
-
-
-def cut(documents: Iterable[list[int]], tokens: int, length: int) -> list[list[int]]:
-    """Pieces of at most `length` ids, spread evenly over the documents: batches that hold `tokens`, if there are."""
-    pieces = [ids[start : start + length] for ids in documents for start in range(0, len(ids), length)]
-    pieces = [piece for piece in pieces if len(piece) >= SHORTEST]
-    wanted = min(len(pieces), -(-tokens // (length * BATCH)) * BATCH)
-    return [pieces[index * len(pieces) // wanted] for index in range(wanted)]
-
-
-# ---- least squares ----
-
-
-class Moments:
-    """Sums over samples, all that least squares needs. Added up in float64, products of a batch taken in float32."""
-
-    def __init__(self, features: int, outputs: int, device: torch.device):
-        def zeros(*size: int) -> torch.Tensor:
-            return torch.zeros(*size, dtype=torch.float64, device=device)
-
-        self.gram, self.cross, self.squares = (
-            zeros(features + 1, features + 1),
-            zeros(features + 1, outputs),
-            zeros(outputs),
-        )
-
-    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """x: `[samples, features]`, y: `[samples, outputs]`."""
-        x, y = x.float(), y.float()
-        x = torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1)
-        self.gram += x.T @ x
-        self.cross += x.T @ y
-        self.squares += (y * y).sum(0)
-
-    @property
-    def count(self) -> float:
-        return self.gram[-1, -1].item()
-
-    def part(self, features: int, outputs: slice) -> "Moments":
-        """The first `features` and some of the outputs."""
-        kept = [*range(features), -1]
-        part = object.__new__(Moments)
-        part.gram, part.cross = self.gram[kept][:, kept], self.cross[kept, outputs]
-        part.squares = self.squares[outputs]
-        return part
-
-    def solve(self, ridge: float, rank: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`y ~ x @ down @ up + bias`: `[features, rank], [rank, outputs], [outputs]`, float64.
-
-        ridge: penalty on a feature's weights, as a share of that feature's variance. rank: the fitted values are cut to
-        their first principal components, which of all maps of that rank loses least of them; None for all.
-        """
-        mean_x, mean_y = self.gram[-1, :-1] / self.count, self.cross[-1] / self.count
-        covariance = self.gram[:-1, :-1] / self.count - torch.outer(mean_x, mean_x)
-        cross = self.cross[:-1] / self.count - torch.outer(mean_x, mean_y)
-        variances = covariance.diagonal().clamp(min=1e-12)
-        weights = torch.linalg.solve(covariance + torch.diag(ridge * variances), cross)
-        _, components = torch.linalg.eigh(weights.T @ covariance @ weights)  # ascending
-        up = components.flip(1)[:, :rank].T
-        down = weights @ up.T
-        return down, up, mean_y - mean_x @ down @ up
-
-    def r2(self, down: torch.Tensor, up: torch.Tensor, bias: torch.Tensor) -> float:
-        """Share of these samples' variance that the map explains."""
-        weights = torch.cat([down @ up, bias.unsqueeze(0)])
-        left = self.squares.sum() - 2 * (weights * self.cross).sum() + (weights * (self.gram @ weights)).sum()
-        total = self.squares.sum() - (self.cross[-1] ** 2).sum() / self.count
-        return (1 - left / total).item()
-
-
-@dataclass
-class PairMoments:
-    """Of layer `i` in a group from `g` on: features `[k, p_i / rms(p_i)]` as in `lookahead.py`, outputs what the two
-    maps must add."""
-
-    fitted: Moments
-    held_out: Moments
-
-    @classmethod
-    def empty(cls, hidden: int, device: torch.device) -> "PairMoments":
-        return cls(*(Moments(KINDS["mlp"] * hidden, 2 * hidden, device) for _ in range(2)))
-
-    def of_kind(self, kind: str) -> tuple[Moments, Moments]:
-        """The fitted and the held-out moments of the attention or the MLP map."""
-        outputs = self.fitted.squares.shape[0] // 2
-        columns = slice(0, outputs) if kind == "attention" else slice(outputs, None)
-        return tuple(m.part(KINDS[kind] * outputs, columns) for m in (self.fitted, self.held_out))  # type: ignore[return-value]
 
 
 # ---- what a pass shows ----
@@ -498,6 +388,14 @@ def fit(drafter: str, texts: Sequence[Path], output: Path, ranks: int, settings:
     report["text"] = [{"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in texts]
     write_maps(output, tensors, report)
     return report
+
+
+def cut(documents: Iterable[list[int]], tokens: int, length: int) -> list[list[int]]:
+    """Pieces of at most `length` ids, spread evenly over the documents: batches that hold `tokens`, if there are."""
+    pieces = [ids[start : start + length] for ids in documents for start in range(0, len(ids), length)]
+    pieces = [piece for piece in pieces if len(piece) >= SHORTEST]
+    wanted = min(len(pieces), -(-tokens // (length * BATCH)) * BATCH)
+    return [pieces[index * len(pieces) // wanted] for index in range(wanted)]
 
 
 def _tokenized(drafter: str, texts: Iterable[str]) -> Iterator[list[int]]:

@@ -17,7 +17,7 @@ from vllm import SamplingParams
 
 from vllm_easyspec.bench import BenchmarkError
 from vllm_easyspec.bench.llm import bind_cpus, parse_engine_args
-from vllm_easyspec.bench.prompts import read_prompts
+from vllm_easyspec.bench.prompts import read_prompts, read_texts
 from vllm_easyspec.bench.results import check_writable
 from vllm_easyspec.drafter.vocabulary import (
     DraftVocabulary,
@@ -28,7 +28,6 @@ from vllm_easyspec.drafter.vocabulary import (
 )
 from vllm_easyspec.errors import ConfigError
 from vllm_easyspec.support import read_drafter, read_tokenizer
-from vllm_easyspec.tune.fit import read_texts
 from vllm_easyspec.tune.options import FitOptions
 from vllm_easyspec.tune.requests import AskedEngine
 
