@@ -129,7 +129,7 @@ def test_interrupted(tmp_path):
             if run.poll() is None:
                 os.killpg(run.pid, signal.SIGKILL)
     assert run.returncode == 0, log_so_far(tmp_path)[-3000:].decode()
-    assert "not finished: times: interrupted" in out.decode()
+    assert "Not finished: times: interrupted" in out.decode()
     assert "# Not finished: times: interrupted" in (tmp_path / "tuned.yaml").read_text()
     assert EasySpecConfig.parse(tmp_path / "tuned.yaml").num_speculative_tokens >= 1
     assert "Not finished: " in (tmp_path / "tuned.html").read_text()

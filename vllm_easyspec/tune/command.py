@@ -1,7 +1,6 @@
 """`vllm-easyspec tune` from its arguments to its files."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
@@ -39,7 +38,7 @@ def run(options: TuneOptions) -> str:
     about = surroundings() | {"target": options.model, "drafter": read_fields(options.config)["model"]}
 
     def keep(found: Findings) -> None:
-        text = _yaml(found, about, options)
+        text = tuned_yaml(options.config, out, found.ranges(), _head(found, about, options), _notes(found))
         write_text(out, text)
         if options.report:
             write_text(options.report, html_report(found, about, text))
@@ -52,7 +51,7 @@ def run(options: TuneOptions) -> str:
         keep(found)  # with what the comparison gave
     finally:
         tuner.progress.close()
-    return _summary(found, out, options.report)
+    return "\n".join([*_results(found), f"Written: {out}" + (f", {options.report}" if options.report else "")])
 
 
 def _engine_args(model: str, ranks: int, arguments: Sequence[str]) -> EngineArgs:
@@ -68,18 +67,6 @@ def _engine_args(model: str, ranks: int, arguments: Sequence[str]) -> EngineArgs
     return engine_args
 
 
-def _choice(found: Findings, size: int) -> str:
-    """A size's choice in words."""
-    point, rates = found.chosen()[size], found.rates(size)
-    untuned = rates.get(found.untuned[size])
-    against = f", {rates[point] / untuned:.2f} times the untuned {found.untuned[size]}" if untuned else ""
-    return f"{point}: {rates[point]:.1f} tokens/s{against}"
-
-
-def _yaml(found: Findings, about: dict[str, Any], options: TuneOptions) -> str:
-    return tuned_yaml(options.config, options.out, found.ranges(), _head(found, about, options), _notes(found))
-
-
 def _head(found: Findings, about: dict[str, Any], options: TuneOptions) -> list[str]:
     versions = about["versions"]
     ranks = f"--tensor-parallel-size {options.tensor_parallel_size}"
@@ -89,42 +76,32 @@ def _head(found: Findings, about: dict[str, Any], options: TuneOptions) -> list[
         f"Tuned by: {about['command']}",
         f"On {machine(about)}, vllm {versions['vllm']}, torch {versions['torch']}. Tokens per second "
         + ("by wall-clock:" if found.by_wall else "of the stages' time (calibrate, draft, verify):"),
-        *(f"  batch size {size}: {_choice(found, size)}" for size in found.times),
-        *([f"Engines one after another, by wall-clock: {_arms(found)}"] if found.baselines else []),
-        *_coverage(found),
-        *(f"Mind: {warning}" for warning in found.warnings()),
-        *(f"Not finished: {part}" for part in found.unfinished),
+        *_results(found),
     ]
 
 
+def _results(found: Findings) -> Iterator[str]:
+    """What was chosen and how it compares, a line each."""
+    for size, point in found.chosen().items():
+        rates = found.rates(size)
+        untuned = rates.get(found.untuned[size])
+        against = f", {rates[point] / untuned:.2f} times the untuned {found.untuned[size]}" if untuned else ""
+        yield f"batch size {size:4}: {point}: {rates[point]:.1f} tokens/s{against}"
+    for name, by_size in found.baselines.items():
+        rates_of_arm = ", ".join(f"{rate:.1f} at {size}" for size, rate in by_size.items())
+        yield f"Engines one after another, by wall-clock: {name} {rates_of_arm}"
+    if found.coverage is not None:
+        yield f"draft_vocabulary covers {found.coverage:.1%} of the target's answers"
+    yield from (f"Mind: {warning}" for warning in found.warnings())
+    yield from (f"Not finished: {part}" for part in found.unfinished)
+    yield from (f"{name} failed: {why}" for name, why in found.failed.items())
+
+
 def _notes(found: Findings) -> dict[Point, str]:
-    chosen = found.chosen()
     sizes: dict[Point, list[str]] = {}
-    for size, point in chosen.items():
+    for size, point in found.chosen().items():
         sizes.setdefault(point, []).append(str(size))
     return {point: f"measured at batch size {', '.join(measured)}" for point, measured in sizes.items()}
-
-
-def _arms(found: Findings) -> str:
-    """Tokens per second of each engine at each batch size."""
-    by_arm = {
-        name: ", ".join(f"{rate:.1f} at {size}" for size, rate in rates.items())
-        for name, rates in found.baselines.items()
-    }
-    return "; ".join(f"{name} {rates}" for name, rates in by_arm.items())
-
-
-def _coverage(found: Findings) -> list[str]:
-    return [] if found.coverage is None else [f"draft_vocabulary covers {found.coverage:.1%} of the target's answers"]
-
-
-def _summary(found: Findings, out: Path, report: Path | None) -> str:
-    lines = [f"batch size {size:4}: {_choice(found, size)}" for size in found.times]
-    lines += [f"engines one after another, by wall-clock: {_arms(found)}"] if found.baselines else []
-    lines += [*_coverage(found), *found.warnings()]
-    lines += [f"not finished: {part}" for part in found.unfinished]
-    lines += [f"{name} failed: {why}" for name, why in found.failed.items()]
-    return "\n".join([*lines, f"Written: {out}" + (f", {report}" if report else "")])
 
 
 def findings_json(found: Findings) -> dict[str, Any]:
