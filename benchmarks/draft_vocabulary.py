@@ -14,7 +14,7 @@ from statistics import median
 import torch
 from vllm import LLM, SamplingParams
 
-from vllm_easyspec.bench.report import surroundings, write
+from vllm_easyspec.bench.results import surroundings, write
 from vllm_easyspec.drafter.vocabulary import DraftVocabulary
 
 PAIR = Path(__file__).resolve().parents[1] / "examples" / "tiny-pair"
