@@ -1,4 +1,4 @@
-"""The command `vllm-easyspec`: its parser, and what runs each command, which imports vLLM where it needs it."""
+"""The command `vllm-easyspec`: its parser, and the function of each command, which imports vLLM if it needs it."""
 
 import argparse
 import json
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @dataclass(frozen=True, kw_only=True)
 class NoOptions:
-    """A command without any."""
+    """Options of a command that has none."""
 
 
 @dataclass(frozen=True, kw_only=True)

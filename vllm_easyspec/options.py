@@ -1,4 +1,4 @@
-"""Options of a command: a dataclass in which each is declared once, and from which its parser is made."""
+"""Options of a command: a dataclass that declares each option once, from which the parser is made."""
 
 import argparse
 import dataclasses
@@ -16,8 +16,9 @@ DTYPES = ("bfloat16", "float16", "float32")
 def option(help: str = "", *flags: str, default: Any = dataclasses.MISSING, **arguments: Any) -> Any:
     """A field of a dataclass of options.
 
-    flags: by default `--` and the field's name; without dashes the option is positional. arguments: more of
-    `add_argument`'s; `type` is needed where the field's own type is not str, int, float or Path, perhaps with None.
+    flags: by default `--` and the field's name; without dashes the option is positional. arguments: more
+    arguments of `add_argument`; `type` is needed if the field's type is not str, int, float or Path, or one of them or
+    None.
     """
     return dataclasses.field(default=default, metadata={"flags": flags, "help": help, "arguments": arguments})
 
@@ -44,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser, options: type) -> None:
 
 
 def parsed(options: type[Options], arguments: argparse.Namespace) -> Options:
-    """What the parser found, with lists as tuples."""
+    """The options that the parser found, with lists as tuples."""
     found = {name: value for name, value in vars(arguments).items() if name in get_type_hints(options)}
     return options(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
 
@@ -56,11 +57,11 @@ def as_json(options: Any, *hidden: str) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-# ---- what an option's text may be ----
+# ---- types of options ----
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """An integer from `least` on."""
+    """An integer of at least `least`."""
 
     def integer(text: str) -> int:
         value = int(text)

@@ -51,7 +51,7 @@ def draft_step(options: DraftStepOptions) -> str:
 def engines(options: EngineOptions, say: Callable[[str], None]) -> tuple[str, BenchmarkError | None]:
     """Measure, and write the files that `options` names; returns the table, and what ended it early or was found wrong.
 
-    say: is told what goes on. Raises `BenchmarkError` or `ConfigError` for what can't be measured.
+    say: called with progress messages. Raises `BenchmarkError` or `ConfigError` for what can't be measured.
     """
     results.check_writable(options.json)
     plot.check(options.plot)

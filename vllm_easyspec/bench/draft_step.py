@@ -1,9 +1,9 @@
 """`bench draft-step`: a step of the drafter alone, fuzzy plans against the precise one, in real ranks with real pages.
 
-Both arms are the same code on the same weights and pages; they differ in the plan. Plans take turns, loop by loop, so
-that drift of the machine meets all alike. What is timed is the loop of a round, K - 1 steps of a token for each of
-`batch` requests at the end of `context` tokens: inputs, forward pass, arg-max over the ranks' logits; from CUDA graphs
-where there is a GPU. It lasts until the slowest rank is done; a step is its (K - 1)th part.
+All plans run the same code on the same weights and pages. They take turns, loop by loop, so that drift of the machine
+affects all alike. The loop of a round is timed, K - 1 steps of one token for each of `batch` requests at the end of
+`context` tokens: inputs, forward pass, arg-max over the ranks' logits; from CUDA graphs on a GPU. It lasts until the
+slowest rank is done; a step is its (K - 1)th part.
 """
 
 import time
@@ -43,7 +43,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Rows with the keys `scope, plan, ranks, batch, context, step_ms, precise_ms, speedup, floor_ms` and more.
 
-    plans: group sizes of each plan, the default plan where None; times are medians in milliseconds.
+    plans: group sizes of each plan, None for the default plan; times are medians in milliseconds.
     """
     arguments = (drafter, plans, batches, contexts, dtype, load_format, mlp, repetitions, draft_vocabulary)
     by_rank = run_ranks(ranks, _measure_rank, *arguments, timeout_s=1800)
@@ -51,7 +51,7 @@ def measure(
 
 
 def _slowest(rows: tuple[dict[str, Any], ...]) -> dict[str, Any]:
-    """One row of what each rank saw: the collectives make the ranks wait for one another, so they differ little."""
+    """One row from those of all ranks, which differ little, because collectives make ranks wait for one another."""
     step, precise = max(row["step_ms"] for row in rows), max(row["precise_ms"] for row in rows)
     floor = max(row["floor_ms"] for row in rows)
     return rows[0] | {
@@ -141,7 +141,7 @@ def _interleaved(
 
 
 def bytes_a_step(model: LayerParallelDrafter, batch: int, context: int) -> int:
-    """What a rank must read from memory in a step: its weights but for the embedding's unused rows, and the K/V."""
+    """The bytes that a rank must read in a step: its weights without the embedding's unused rows, and the K/V."""
     embedding = model.embed_tokens.weight
     unused = 0 if model.head.is_embedding else embedding.nbytes
     a_token = 2 * model.shape.kv_size * embedding.element_size() * len(model.local_layers)
@@ -149,7 +149,7 @@ def bytes_a_step(model: LayerParallelDrafter, batch: int, context: int) -> int:
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes a second that this rank reads from memory while all ranks do; the best of five."""
+    """Bytes per second that this rank reads from memory while all ranks do; the best of five."""
     size = BANDWIDTH_BYTES[device.type]
     data = torch.ones(size // 4, dtype=torch.float32, device=device)
     best = float("inf")

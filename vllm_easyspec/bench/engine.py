@@ -2,10 +2,10 @@
 
 Arms, in this order: `none` (the target alone), `draft_model` (vLLM's own, the same drafter), `precise` (easyspec with
 groups of one), `easyspec` (the configuration as given). Turns go through the arms forward, then backward, and so on, so
-that drift of the machine meets all alike; an arm at the end of one turn and the start of the next keeps its engine.
-A turn of an arm is all its concurrency levels, each after requests that warm it up. Decoding is greedy, to a fixed
+that drift of the machine affects all alike; an arm at the end of one turn and the start of the next keeps its engine.
+A turn of an arm measures all concurrency levels, each after warm-up requests. Decoding is greedy, to a fixed
 number of tokens. The expected outputs are those of `none`'s first turn at the same concurrency, so its later turns
-show how far the target alone repeats itself.
+show whether the target alone is repeatable.
 """
 
 import hashlib
@@ -46,22 +46,22 @@ NOTHING_EXPECTED = "Losslessness is not checked: it needs the baseline none."
 
 @dataclass(frozen=True)
 class Workload:
-    """What every arm is asked."""
+    """The requests for every arm."""
 
     prompts: list[list[int]]
     concurrency: Sequence[int]
     output_tokens: int
-    requests: int  # at least so many a level, and at least two for each of its slots
+    requests: int  # at least this many per level, and at least two per slot
 
     def level(self, concurrency: int) -> list[list[int]]:
-        """The prompts of a level, repeated from the first where there are fewer."""
+        """The prompts of a level, repeated from the first if there are fewer."""
         count = max(self.requests, 2 * concurrency)
         return list(itertools.islice(itertools.cycle(self.prompts), count))
 
 
 @dataclass
 class Measured:
-    """What one arm did at one concurrency, a value per turn."""
+    """Results of one arm at one concurrency, a value per turn."""
 
     levels: list[Level] = field(default_factory=list)
     speculation: list[dict[str, Any]] = field(default_factory=list)
@@ -72,7 +72,7 @@ Results = dict[tuple[str, int], Measured]  # by arm and concurrency
 
 def speculative_configs(config: EasySpecConfig, baselines: Sequence[str]) -> dict[str, dict[str, Any] | None]:
     """Each arm's `speculative_config`, in the order of a turn."""
-    # As the user gave them: easyspec's own defaults for vLLM's fields are no part of the baseline.
+    # As the user gave them: easyspec's defaults for vLLM's fields are not part of the baseline.
     draft_model = config.draft_model()
     options = {name: value for name, value in config.to_json().items() if name != "lookahead"}
     one_by_one = {"group_size": 1, "mlp": config.layer_parallel.mlp}
@@ -126,7 +126,7 @@ def run(
     """Measure all arms. Returns `{arms, notes, rows}`, and gives it to `report` after each level.
 
     configs: each arm's `speculative_config`, in the order of a turn; None is no speculation.
-    Raises `BenchmarkError` where an engine doesn't start.
+    Raises `BenchmarkError` if an engine doesn't start.
     """
     synthetic = any(arm and arm.get("rejection_sample_method") == "synthetic" for arm in configs.values())
     notes = [
@@ -165,7 +165,7 @@ def visiting_order(arms: Sequence[str], turns: int) -> list[str]:
 
 
 def lossy_arms(result: dict[str, Any]) -> list[str]:
-    """Arms that broke the promise: in float32 every output must be the target's own."""
+    """Arms that were not lossless: in float32 every output must be the target's own."""
     return sorted(
         {
             row["arm"]
@@ -186,7 +186,7 @@ def load_prompts(path: Path | None, model: str, drafter: str, count: int, tokens
 def longest_sequence(model: str, prompts: list[list[int]], output_tokens: int, drafts: int) -> int:
     """Room for the longest answer and the drafts after it, within the model's own limit.
 
-    Raises `BenchmarkError` where the longest answer doesn't fit.
+    Raises `BenchmarkError` if the longest answer doesn't fit.
     """
     needed = max(map(len, prompts)) + output_tokens
     limit = getattr(_text_config(model), "max_position_embeddings", None) or needed + drafts
@@ -212,11 +212,11 @@ def _started(
 ) -> Iterator[Engine]:
     fixed: dict[str, Any] = dict(
         skip_tokenizer_init=True,
-        disable_log_stats=False,  # acceptance is counted there, in every arm
+        disable_log_stats=False,  # they include acceptance, in every arm
         worker_extension_cls=f"{StepClock.__module__}.{StepClock.__name__}",
         speculative_config=speculative_config,
     )
-    # A prompt comes again at every level and in every turn.
+    # Prompts repeat at every level and in every turn.
     defaults: dict[str, Any] = dict(enable_prefix_caching=False, use_tqdm_on_load=False)
     try:
         engine = Engine(EngineArgs(model, **(defaults | arguments | fixed)), usage_context=UsageContext.LLM_CLASS)
@@ -246,8 +246,8 @@ def _measure(engine: Engine, name: str, workload: Workload, concurrency: int) ->
 
 
 def _drafted(llm: Any) -> list[int]:
-    """VLLM's own counts since the engine began: rounds of a request in which drafts were tested, then how many of them
-    were accepted at each position. Zeros for an engine that doesn't speculate."""
+    """The counts of vLLM since the engine's start: rounds of a request in which drafts were tested, then how many of
+    them were accepted at each position. Zeros for an engine that doesn't speculate."""
     metrics = {metric.name: metric for metric in llm.get_metrics()}
     if "vllm:spec_decode_num_drafts" not in metrics:
         return [0]
@@ -277,7 +277,7 @@ def _rows(results: Results, checked: bool) -> list[dict[str, Any]]:
 
 
 def _digest(outputs: list[list[int]]) -> str:
-    """Tells whether two runs gave the same tokens."""
+    """A hash by which to see whether two runs gave the same tokens."""
     return hashlib.sha256(json.dumps(outputs).encode()).hexdigest()[:16]
 
 

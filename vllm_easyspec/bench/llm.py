@@ -1,4 +1,4 @@
-"""An engine of vLLM's for benchmarks and tuning: started, asked, stopped."""
+"""A vLLM engine for benchmarks and tuning: its start, requests and stop."""
 
 import copy
 import gc
@@ -20,7 +20,7 @@ MULTIPROCESSING = "VLLM_ENABLE_V1_MULTIPROCESSING"
 
 
 class Engine:
-    """One of vLLM's engines. A `with` block stops it and gives back the memory that it held in this process."""
+    """A vLLM engine. A `with` block stops it at the end and frees its memory in this process."""
 
     def __init__(
         self,
@@ -28,9 +28,9 @@ class Engine:
         in_process: bool | None = None,
         usage_context: UsageContext = UsageContext.ENGINE_CONTEXT,
     ):
-        """in_process: whether the engine runs in this process; by default as vLLM's environment says.
+        """in_process: whether the engine runs in this process; by default as the environment tells vLLM.
 
-        usage_context: what vLLM's defaults for batches go by.
+        usage_context: vLLM's defaults for batches depend on it.
         """
         self.in_process = not envs.VLLM_ENABLE_V1_MULTIPROCESSING if in_process is None else in_process
         saved = os.environ.get(MULTIPROCESSING)
@@ -43,7 +43,7 @@ class Engine:
                 os.environ[MULTIPROCESSING] = saved
 
     def rpc(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Rank 0's reply; all ranks are asked."""
+        """Call `method` on all ranks. Returns rank 0's reply."""
         return self.llm.collective_rpc(method, args=args, kwargs=kwargs)[0]
 
     def __enter__(self) -> Self:
@@ -58,7 +58,7 @@ class Engine:
 
 
 def changed(engine_args: EngineArgs, **changes: Any) -> EngineArgs:
-    """A copy; vLLM, and easyspec's hook in it, write into what they are given."""
+    """A changed copy, because vLLM and easyspec modify the arguments that they are given."""
     copied = copy.deepcopy(engine_args)
     for name, value in changes.items():
         setattr(copied, name, value)
@@ -66,12 +66,12 @@ def changed(engine_args: EngineArgs, **changes: Any) -> EngineArgs:
 
 
 def parse_engine_args(command: str, arguments: Sequence[str]) -> EngineArgs:
-    """Options of vLLM's own, as `vllm serve` takes them; command: which takes them after `--`."""
+    """Options of vLLM's, in the form of `vllm serve`. command: the command that takes them after `--`."""
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog=f"vllm-easyspec {command} ... --"))
     return EngineArgs.from_cli_args(parser.parse_args(list(arguments)))
 
 
 def bind_cpus(ranks: int) -> None:
-    """On a CPU, give ranks the CPUs that easyspec gives them: without it vLLM wants a NUMA node per rank."""
+    """On a CPU, bind ranks as easyspec does: otherwise vLLM needs a NUMA node per rank."""
     if current_platform.is_cpu() and ranks > 1:
         os.environ.setdefault(OMP_BINDING, cpu_lists(ranks, usable_cpus(ranks)))

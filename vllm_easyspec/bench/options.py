@@ -10,7 +10,7 @@ BASELINES = ("none", "draft_model", "precise")
 
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions:
-    """Where a result goes."""
+    """The files of a result."""
 
     json: Path | None = option("keep the result here", default=None, metavar="FILE")
     plot: Path | None = option("draw it, such as result.svg (needs matplotlib)", default=None, metavar="FILE")

@@ -1,4 +1,4 @@
-"""Prompts as token ids: every arm of a benchmark reads the same ones, and no arm spends time on text."""
+"""Prompts as token ids: every arm of a benchmark reads the same ones, without tokenizing."""
 
 import json
 import random
@@ -33,7 +33,7 @@ def read_text(path: Path, option: str) -> str:
 
 
 def json_lines(path: Path, option: str, forms: str) -> Iterator[tuple[str, Any]]:
-    """Where it stands and what it says, of every line that is not empty. forms: what errors tell of the allowed."""
+    """The place and the value of every line that is not empty. forms: the allowed forms, for errors."""
     for number, line in enumerate(read_text(path, option).splitlines(), 1):
         if line.strip():
             place = f"{option} {path}, line {number}"
@@ -79,7 +79,7 @@ def _ids(entry: Any, place: str, tokenizer: "_Tokenizer") -> list[int]:
 
 
 class _Tokenizer:
-    """The target's, loaded when the first text needs it."""
+    """The target's tokenizer, loaded for the first text."""
 
     def __init__(self, model: str):
         self.model = model
@@ -89,7 +89,7 @@ class _Tokenizer:
         return self._get()(text)["input_ids"]
 
     def turn(self, text: str) -> list[int]:
-        """A user's message, as the chat template has it where there is one."""
+        """A user's message, in the chat template if there is one."""
         tokenizer = self._get()
         if tokenizer.chat_template is None:
             return self.text(text)

@@ -1,4 +1,4 @@
-"""What all benchmarks share: the JSON's surroundings, the file, the table."""
+"""Shared by all benchmarks: the JSON's description of the run, the file, the table."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from vllm.platforms import current_platform
 from vllm_easyspec.bench import BenchmarkError
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = (":!benchmarks/results", ":!docs/*.svg", ":!configs/tiny-pair-tuned.yaml")  # git's way to leave them out
+RESULTS = (":!benchmarks/results", ":!docs/*.svg", ":!configs/tiny-pair-tuned.yaml")  # excluded, in git's syntax
 PACKAGES = ("vllm-easyspec", "vllm", "torch", "triton", "transformers")
 
 
@@ -30,7 +30,7 @@ def surroundings() -> dict[str, Any]:
         "hardware": {
             "cpu": _cpu_name(),
             "cores": os.cpu_count(),
-            # Not through torch.cuda: a process that has begun to use CUDA can't fork vLLM's.
+            # Not with torch.cuda: a process that has initialized CUDA can't fork vLLM's processes.
             "gpu": current_platform.get_device_name() if current_platform.is_cuda() else None,
         },
     }
@@ -43,7 +43,7 @@ def machine(run: dict[str, Any]) -> str:
 
 
 def check_writable(path: Path | None) -> None:
-    """Raise `BenchmarkError` before anything is measured where the result could not be kept."""
+    """Raise `BenchmarkError` before anything is measured if the result could not be saved."""
     if path is None:
         return
     folder = path.resolve().parent
@@ -59,13 +59,13 @@ def check_writable(path: Path | None) -> None:
 
 
 def write(path: Path | None, result: dict[str, Any]) -> None:
-    """Keep the result as JSON."""
+    """Save the result as JSON."""
     if path is not None:
         write_text(path, json.dumps(result, indent=1) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """The file is whole at any time, also if this process is stopped."""
+    """Replace the file at once, so that it is complete even if this process is stopped."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     unfinished.write_text(text)
     unfinished.replace(path)
@@ -81,13 +81,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def from_here(path: str) -> str:
-    """A path below the current folder, told from there; anything else as it is."""
+    """A path inside the current folder, relative to it; any other path unchanged."""
     here = Path.cwd()
     return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
 
 
 def _command() -> str:
-    """This run's, as a shell takes it: a script of the checkout by its path there, a command by its name."""
+    """This run's command line: a script of the checkout by its path there, a command by its name."""
     program = Path(sys.argv[0]).resolve()
     if program.parent.name == "vllm_easyspec":  # python -m vllm_easyspec.cli
         name = "vllm-easyspec"
@@ -99,7 +99,7 @@ def _command() -> str:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with a + where it has changes other than results.
+    """The checkout's commit, with a + if it has changes other than results.
 
     Without a checkout or git it is what `EASYSPEC_COMMIT` says, perhaps None.
     """

@@ -1,4 +1,4 @@
-"""`vllm-easyspec tune` from its arguments to its files."""
+"""The command `vllm-easyspec tune`, from its options to its files."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -48,7 +48,7 @@ def run(options: TuneOptions) -> str:
         found = tuner.tune()
         keep(found)
         tuner.compare(out)
-        keep(found)  # with what the comparison gave
+        keep(found)  # again, with the comparison
     finally:
         tuner.progress.close()
     return "\n".join([*_results(found), f"Written: {out}" + (f", {options.report}" if options.report else "")])
@@ -81,7 +81,7 @@ def _head(found: Findings, about: dict[str, Any], options: TuneOptions) -> list[
 
 
 def _results(found: Findings) -> Iterator[str]:
-    """What was chosen and how it compares, a line each."""
+    """Lines about what was chosen and how it compares."""
     for size, point in found.chosen().items():
         rates = found.rates(size)
         untuned = rates.get(found.untuned[size])

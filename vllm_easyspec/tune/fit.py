@@ -2,10 +2,10 @@
 
 Two passes over the same sequences, in the drafter's real ranks with its real pages. The first reads them precisely and
 fits every map on precise inputs. The second drafts from many positions, as a round does, with the given plans in both
-scopes and the maps of the first; it fits their maps again on the inputs that drafting really sees, so that they also
-correct what earlier groups left wrong. Each rank fits the maps of its own layers. Nothing grows with the text: a pair
-of layers keeps moments in two matrices, `[5 hidden + 1, 5 hidden + 1]` and `[5 hidden + 1, 2 hidden] float64`, and as
-much again of held-out sequences.
+scopes and the maps of the first; it fits the maps again on the inputs that drafting really sees, so that they also
+correct errors of earlier groups. Each rank fits the maps of its own layers. Memory does not grow with the text: a pair
+of layers has moments in two matrices, `[5 hidden + 1, 5 hidden + 1]` and `[5 hidden + 1, 2 hidden] float64`, and the
+same again for held-out sequences.
 """
 
 import hashlib
@@ -43,11 +43,11 @@ from vllm_easyspec.support import read_drafter
 from vllm_easyspec.tune.least_squares import PairMoments
 from vllm_easyspec.tune.options import FitOptions, FitSettings
 
-BATCH = 32  # sequences read side by side
-HELD_OUT = 4  # of them, the last ones, judge the fit and take no part in it
+BATCH = 32  # sequences per pass
+HELD_OUT = 4  # of them, the last ones, are held out to judge the fit
 SHORTEST = 16  # tokens of text that a sequence begins with
-# What a lower rank may lose of the held-out R2. On the tiny pair half the rank loses 0.03, and 0.6 to 1.1 points of own
-# rate; it halves what maps cost of a step, which is 8 to 21 percent at full rank.
+# How much of the held-out R2 a lower rank may lose: enough for half the full rank on the tiny pair, which halves the
+# maps' share of a step (docs/experiments.md, "Rank").
 NEARLY_BEST = 0.035
 
 Pair = tuple[int, int]  # group start, later layer
@@ -55,12 +55,12 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
-# ---- what a pass shows ----
+# ---- inputs and outputs of passes ----
 
 
 @dataclass
 class Seen:
-    """Of one or more passes: each group's input and each layer's attention output, `[requests, steps, hidden]`."""
+    """Each group's input and each layer's attention output in one or more passes, `[requests, steps, hidden]`."""
 
     inputs: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     outputs: dict[int, list[torch.Tensor]] = field(default_factory=dict)
@@ -86,7 +86,7 @@ def _by_request(passes: list[torch.Tensor], requests: int) -> torch.Tensor:
 
 @contextmanager
 def seeing(drafter: EnginelessDrafter) -> Iterator[Seen]:
-    """Collect what the drafter's passes show within the block."""
+    """Collect the inputs and outputs of the drafter's passes within the block."""
     seen = Seen()
     drafter.model.observer = seen.add
     try:
@@ -116,7 +116,7 @@ class Fit:
             self._precise_pass(batch, moments)
             self.progress()
         self._install(self._solved(moments, self.hidden))
-        for pair in itertools.chain.from_iterable(map(_pairs, self.plans)):  # fitted again: their matrices make room
+        for pair in itertools.chain.from_iterable(map(_pairs, self.plans)):  # fitted again, so their matrices are freed
             moments.pop(pair, None)
         if self.plans:
             drafted: dict[Pair, PairMoments] = {}
@@ -147,7 +147,7 @@ class Fit:
         self.drafter.rewind([length] * BATCH)
 
     def _written(self, index: int, batch: list[list[int]]) -> torch.Tensor:
-        """`[BATCH, length]`: what is text, and the drafter's own greedy words after it."""
+        """`[BATCH, length]`: the text, continued with the drafter's own greedy tokens."""
         length = self.settings.length
         given = []
         for row, ids in enumerate(batch):
@@ -179,11 +179,11 @@ class Fit:
             self._add(moments, _pairs(plan), round_.drafting, round_.precise, round_.previous)
 
     def _rounds(self, batch: torch.Tensor, plan: DraftPlan, every: int) -> Iterator["Round"]:
-        """Draft as a round does, then read the same drafts precisely; in every `every`-th stretch of `K - 1` tokens."""
+        """Draft as a round does, then read the same drafts precisely; in every `every`-th run of `K - 1` tokens."""
         num_drafts = self.settings.num_drafts
         self._rewind(0)
         final = self._read(batch)
-        # Backwards, since drafting overwrites the pages of what comes after.
+        # Backwards, because drafting overwrites the pages of the following tokens.
         for newest in range(batch.shape[1] - num_drafts, SHORTEST - 1, -every * max(1, num_drafts - 1)):
             self._rewind(newest + 1)
             hidden = final[:, newest].contiguous()
@@ -211,7 +211,7 @@ class Fit:
     ) -> None:
         """Add the samples of this rank's pairs.
 
-        previous: `[requests, steps, hidden]`; of the passes' tokens those at `steps` count.
+        previous: `[requests, steps, hidden]`; only the passes' tokens at `steps` are samples.
         """
         for g, i in pairs:
             if i not in self.own_layers:
@@ -236,7 +236,7 @@ class Fit:
         }
 
     def _install(self, solved: dict[tuple[str, Pair], tuple[torch.Tensor, ...]]) -> dict[str, torch.Tensor]:
-        """Gather all ranks' maps, as a file holds them, and have the drafter draft with them."""
+        """Gather all ranks' maps, in the form of a file, and let the drafter use them."""
         everyones = _gathered({key: [part.bfloat16().cpu() for part in maps] for key, maps in solved.items()})
         stacked = {
             f"{kind}.{g}.{part}": torch.stack([everyones[kind, (g, i)][number] for i in range(g + 1, last + 1)])
@@ -295,9 +295,9 @@ class Fit:
 
 @dataclass(frozen=True)
 class Round:
-    """What one round of drafting showed, beside a precise pass over the same drafts."""
+    """One round of drafting, and a precise pass over the same drafts."""
 
-    previous: torch.Tensor  # [requests, K - 1, hidden], final hidden states that the fuzzy steps went on from
+    previous: torch.Tensor  # [requests, K - 1, hidden], final hidden states that the fuzzy steps read
     drafting: Seen
     precise: Seen
     confirmed: torch.Tensor  # [requests, K - 1] bool, drafts 2..K that the precise pass would have drafted too
@@ -308,7 +308,7 @@ def _pairs(plan: DraftPlan) -> list[Pair]:
 
 
 def _reach(plans: Sequence[DraftPlan], layers: int, longest_group: int) -> dict[int, int]:
-    """Of each layer that a group may start at, the last layer that needs a map."""
+    """For each layer that a group may start at, the last layer that needs a map."""
     reach = {start: min(layers, start + longest_group) - 1 for start in range(1, layers)}
     for group in (group for plan in plans for group in plan.groups):
         reach[group.start] = max(reach.get(group.start, 0), group[-1])
@@ -327,7 +327,7 @@ def _gathered(mine: dict[K, V]) -> dict[K, V]:
 
 
 def run(options: FitOptions) -> str:
-    """Fit maps as `options` say, and write them; returns the report as tables."""
+    """Fit maps and write them. Returns the report as tables."""
     if options.target is not None or options.engine_arguments:
         given = "what stands after --" if options.target is None else f"--target {options.target}"
         raise ConfigError(f"{given} is not allowed without --vocabulary: maps are fitted on the drafter alone")
@@ -361,7 +361,7 @@ def run(options: FitOptions) -> str:
 
 
 def fit(drafter: str, texts: Sequence[Path], output: Path, ranks: int, settings: FitSettings) -> dict[str, Any]:
-    """Fit maps and write them to `output`, whole or not at all. Returns the report.
+    """Fit maps and write them to `output`, completely or not at all. Returns the report.
 
     Raises `ConfigError` or `BenchmarkError` for what can't be used.
     """
@@ -391,7 +391,8 @@ def fit(drafter: str, texts: Sequence[Path], output: Path, ranks: int, settings:
 
 
 def cut(documents: Iterable[list[int]], tokens: int, length: int) -> list[list[int]]:
-    """Pieces of at most `length` ids, spread evenly over the documents: batches that hold `tokens`, if there are."""
+    """Pieces of at most `length` ids, spread evenly over the documents: enough for batches of `tokens` in all, if there
+    are that many."""
     pieces = [ids[start : start + length] for ids in documents for start in range(0, len(ids), length)]
     pieces = [piece for piece in pieces if len(piece) >= SHORTEST]
     wanted = min(len(pieces), -(-tokens // (length * BATCH)) * BATCH)

@@ -1,4 +1,4 @@
-"""Least squares from sums over samples, as look-ahead maps are fitted and judged by."""
+"""Least squares from sums over samples, to fit and judge look-ahead maps."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from vllm_easyspec.lookahead import KINDS
 
 
 class Moments:
-    """Sums over samples, all that least squares needs. Added up in float64, products of a batch taken in float32."""
+    """The sums over samples that least squares needs, in float64; each batch's products are computed in float32."""
 
     def __init__(self, features: int, outputs: int, device: torch.device):
         def zeros(*size: int) -> torch.Tensor:
@@ -43,8 +43,8 @@ class Moments:
     def solve(self, ridge: float, rank: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`y ~ x @ down @ up + bias`: `[features, rank], [rank, outputs], [outputs]`, float64.
 
-        ridge: penalty on a feature's weights, as a share of that feature's variance. rank: the fitted values are cut to
-        their first principal components, which of all maps of that rank loses least of them; None for all.
+        ridge: penalty on a feature's weights, as a share of that feature's variance. rank: the fitted values are
+        reduced to their first principal components, which is the best map of that rank; None for all.
         """
         mean_x, mean_y = self.gram[-1, :-1] / self.count, self.cross[-1] / self.count
         covariance = self.gram[:-1, :-1] / self.count - torch.outer(mean_x, mean_x)
@@ -57,7 +57,7 @@ class Moments:
         return down, up, mean_y - mean_x @ down @ up
 
     def r2(self, down: torch.Tensor, up: torch.Tensor, bias: torch.Tensor) -> float:
-        """Share of these samples' variance that the map explains."""
+        """The share of these samples' variance that the map explains."""
         weights = torch.cat([down @ up, bias.unsqueeze(0)])
         left = self.squares.sum() - 2 * (weights * self.cross).sum() + (weights * (self.gram @ weights)).sum()
         total = self.squares.sum() - (self.cross[-1] ** 2).sum() / self.count
@@ -66,8 +66,8 @@ class Moments:
 
 @dataclass
 class PairMoments:
-    """Of layer `i` in a group from `g` on: features `[k, p_i / rms(p_i)]` as in `lookahead.py`, outputs what the two
-    maps must add."""
+    """Samples of layer `i` in a group from `g` on: features `[k, p_i / rms(p_i)]` as in `lookahead.py`; outputs: what
+    the two maps must add."""
 
     fitted: Moments
     held_out: Moments

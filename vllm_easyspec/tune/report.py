@@ -1,4 +1,4 @@
-"""The report of a tuning run: one HTML file without scripts, styles or pictures from elsewhere."""
+"""The report of a tuning run: one self-contained HTML file without scripts."""
 
 from collections.abc import Sequence
 from html import escape
@@ -13,7 +13,7 @@ from vllm_easyspec.tune.tuner import Findings
 SCOPE_COLOURS = {"precise": "#555555", "attention": "#2f6db3", "block": "#d97a1f"}
 STAGE_COLOURS = {"calibrate": "#6aa84f", "draft": "#d97a1f", "verify": "#2f6db3", "outside": "#bbbbbb"}
 ARM_COLOURS = {"tuned": "#c0392b", "untuned": "#2f6db3", "draft_model": "#6aa84f", "none": "#555555"}
-# The browser itself is told to fetch and run nothing.
+# Tells the browser to fetch and run nothing.
 POLICY = """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">"""
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 1000px; margin: 2rem auto; padding: 0 1rem; }
@@ -54,7 +54,7 @@ def _about(run: dict[str, Any]) -> str:
 
 
 def _how_measured(found: Findings) -> str:
-    """What the figures are, and what they are not."""
+    """What the figures mean, and what they don't."""
     rates = (
         "Rates are tokens per second by wall-clock time."
         if found.by_wall
@@ -154,7 +154,7 @@ def _plans_table(found: Findings) -> str:
 
 
 def _draw_split(found: Findings, parts: list[str]) -> None:
-    """The stages of a round at each batch size, untuned and chosen, where they were confirmed."""
+    """The stages of a round at each batch size, untuned and chosen, as far as they were confirmed."""
     rows = {}
     for size, point in found.chosen().items():
         for name, one in (("untuned", found.untuned[size]), ("chosen", point)):
@@ -194,7 +194,7 @@ def _arms_table(found: Findings) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]], text: Sequence[int] = ()) -> str:
-    """text: columns of words, set to the left."""
+    """text: columns of words, which are left-aligned."""
 
     def cells(tag: str, values: Sequence[Any]) -> str:
         kinds = (' class="text"' if column in text else "" for column in range(len(values)))

@@ -1,8 +1,8 @@
-"""Real engines for tuning: requests kept in trial while plan and K change between rounds.
+"""Real engines for tuning: requests keep running while plan and K change between rounds.
 
 Only vLLM's scheduler can choose K: it verifies what it scheduled. So the engine that is tuned runs in this process,
-where the scheduler's table of K by batch size (`num_speculative_tokens_per_batch_size`) can be set between two steps,
-and each figure is measured at its own K. Baselines run as usual, in processes of their own.
+where the scheduler's table of K by batch size (`num_speculative_tokens_per_batch_size`) can be changed between two
+steps, and every K is measured as it would be served. Baselines run as usual, in their own processes.
 """
 
 import itertools
@@ -25,10 +25,10 @@ Prompt = dict[str, list[int]]  # vLLM's form of a prompt of token ids
 
 @dataclass(frozen=True)
 class Window:
-    """Some rounds of requests in trial."""
+    """Some rounds of the running requests."""
 
-    tokens: int  # that count, of all requests
-    request_rounds: float  # in which the requests came to these tokens, added up
+    tokens: int  # that are counted, of all requests
+    request_rounds: float  # rounds that the requests took for these tokens, summed over requests
     seconds: float
     rounds: int
 
@@ -44,10 +44,10 @@ class AskedEngine(Engine):
     def __init__(self, engine_args: EngineArgs, in_process: bool):
         super().__init__(engine_args, in_process)
         self.names = itertools.count()
-        self.generated: dict[str, int] = {}  # tokens of each request in trial
+        self.generated: dict[str, int] = {}  # tokens of each running request
 
     def answer(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[list[int]]:
-        """The token ids that each prompt is answered with, as many requests at a time as the engine takes."""
+        """The token ids of the answer to each prompt, with as many requests at a time as the engine takes."""
         names = [self._add(prompt, params) for prompt in prompts]
         answers: dict[str, list[int]] = {}
         while self.llm.has_unfinished_requests():
@@ -56,9 +56,9 @@ class AskedEngine(Engine):
         return [answers[name] for name in names]
 
     def start_requests(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
-        """Put new requests in trial in place of those that are, until each has been read and has a token.
+        """Replace the running requests by new ones, and run until each has been read and has a token.
 
-        Raises `ConfigError` where the K/V cache is too small for them.
+        Raises `ConfigError` if the K/V cache is too small for them.
         """
         self.abort_requests()
         for prompt in prompts:
@@ -67,7 +67,7 @@ class AskedEngine(Engine):
             self._step()
 
     def run_rounds(self, rounds: int) -> Window:
-        """Go on with the requests in trial, none of which may end within these rounds."""
+        """Continue the running requests, none of which may end within these rounds."""
         before = sum(self.generated.values())
         began = time.perf_counter()
         for _ in range(rounds):
@@ -76,10 +76,10 @@ class AskedEngine(Engine):
         return Window(tokens, len(self.generated) * rounds, seconds, rounds)
 
     def run_tokens(self, tokens: int) -> Window:
-        """Go on with the requests in trial until each has written `tokens` more, none of which may end before.
+        """Continue the running requests until each has generated `tokens` more; none may end before.
 
-        A request counts until it has them, the round in which it comes to them as a share: requests that draft well
-        and others weigh as they do where all answers are as long.
+        A request counts until it has them, its last round in part: so requests that draft well and others have the
+        same weight as in serving, where answers have a length, not a number of rounds.
         """
         start, request_rounds, rounds = dict(self.generated), 0.0, 0
         writing = set(start)
@@ -96,7 +96,7 @@ class AskedEngine(Engine):
         return Window(tokens * len(start), request_rounds, time.perf_counter() - began, rounds)
 
     def abort_requests(self) -> None:
-        """Abort what is in trial."""
+        """Abort the running requests."""
         self.llm.abort_request(list(self.generated))
         self.generated.clear()
         while self.llm.has_unfinished_requests():
@@ -126,7 +126,7 @@ class TunedEngine(AskedEngine):
         given: Any = engine_args.speculative_config
         config = {key.replace("-", "_"): value for key, value in given.items()}
         max_drafts = config["num_speculative_tokens"]
-        # Each K is some batch size's, so that whatever vLLM prepares for a K at start (CUDA graphs) is there for all.
+        # Each K belongs to some batch size, so that vLLM prepares each K at start (CUDA graphs).
         table = [[size, size, max_drafts + 1 - size] for size in range(1, max_drafts + 2)]
         plans = {name: value for name, value in (config.get("layer_parallel") or {}).items() if name != "by_batch_size"}
         engine_args = changed(
@@ -138,7 +138,7 @@ class TunedEngine(AskedEngine):
         self.num_drafts_by_batch_size: list[int] = scheduled_drafts(self.llm)
 
     def use(self, point: Point) -> None:
-        """Draft so from the next round on; the worker's counters start anew."""
+        """Draft this way from the next round on; resets the worker's counters."""
         self.num_drafts_by_batch_size[:] = [point.num_drafts] * len(self.num_drafts_by_batch_size)
         maps = {} if point.lookahead is None else {"lookahead": point.lookahead}
         self.rpc("easyspec_configure", scope=point.plan.scope, plan=point.plan.grouping, **maps)
@@ -146,9 +146,9 @@ class TunedEngine(AskedEngine):
         self.rpc("easyspec_capture", batch_sizes=batch_sizes, num_speculative_tokens=drafts)
 
     def measure(self, point: Point, go_on: Callable[[], Window]) -> tuple[Window, dict[str, Any]]:
-        """The requests in trial under `point`, and rank 0's counters of that; go_on: `run_rounds` or `run_tokens`.
+        """Continue the running requests at `point`. Returns the window and rank 0's counters.
 
-        Raises RuntimeError where vLLM's scheduler did not take the K that it was given.
+        go_on: `run_rounds` or `run_tokens`. Raises RuntimeError if vLLM's scheduler did not use the K that was set.
         """
         self.use(point)
         self.run_rounds(WARM_ROUNDS)

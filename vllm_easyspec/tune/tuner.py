@@ -1,18 +1,18 @@
 """`vllm-easyspec tune`: measure, search, confirm, compare.
 
-1. *score*: what each group of layers loses (`fidelity.py`), and from it the best plan for each number of sequential
+1. *score*: what each group of layers loses (`fidelity.py`), which gives the best plan for each number of sequential
    steps (`planner.py`), in both scopes.
-2. *acceptance*: the most promising plans answer all prompts at the largest K; acceptance by position says what any
-   smaller K would yield.
-3. *times*: requests in trial, plans and K taking turns: calibrate, fuzzy step and verify at each batch size.
+2. *acceptance*: the most promising plans answer all prompts at the largest K; acceptance by position predicts what
+   any smaller K would yield.
+3. *times*: with requests running, plans and K take turns: calibration, fuzzy step and verification by batch size.
 4. *confirm*: the plans that 2 and 3 predict to be fastest, each at its best K, the untuned configuration and K = 0
-   draft for the same prompts in turn, each at its own K.
-5. *climb*: from the fastest of these to one draft more or less, as long as that is faster still. The fastest of all is
-   chosen for each batch size.
+   answer the same prompts in turn, each at its own K.
+5. *climb*: from the fastest of these to one draft more or less, as long as that is faster. The fastest is chosen for
+   each batch size.
 6. *compare*: the tuned configuration as it is served, the untuned one, vLLM's `draft_model` and no speculation, each in
-   an engine of its own.
+   its own engine.
 
-What was measured when time runs out, or when the user interrupts, is used as it is.
+When time runs out or the user interrupts, what was measured so far is used.
 """
 
 from collections import defaultdict
@@ -50,25 +50,25 @@ from vllm_easyspec.tune.requests import WARM_ROUNDS, AskedEngine, Prompt, TunedE
 from vllm_easyspec.tune.trials import Confirmed, Observation, Pair, Trials, confirmed, in_turn
 
 SCORED_PROMPTS, SCORED_TOKENS = 8, 128
-CONFIRMED = 3  # plans at each batch size, beside the untuned one and K = 0
+CONFIRMED = 3  # plans at each batch size, in addition to the untuned one and K = 0
 CLIMBS = 3  # steps of K at each batch size
-TOLERANCE = 0.02  # of a rate: so much is noise
-BETWEEN_ENGINES = 0.05  # likewise, where rates are of engines one after another
+TOLERANCE = 0.02  # of a rate: smaller differences are noise
+BETWEEN_ENGINES = 0.05  # the same for rates of engines one after another
 ARMS = {"draft_model": "vLLM's draft_model", "none": "no speculation"}
 
 
 @dataclass
 class Findings:
-    """All that was measured, as far as it went."""
+    """Everything that was measured so far."""
 
     num_layers: int
     untuned: dict[int, Point]  # by batch size
-    by_wall: bool  # whether choices rest on wall-clock rates, or on those of the stages alone
+    by_wall: bool  # whether choices rest on wall-clock rates, or on those of the stages only
     costs: dict[DraftPlan, float] = field(default_factory=dict)  # the scores of the searched plans
     acceptance: dict[DraftPlan, list[float]] = field(default_factory=dict)  # by position
     correction: dict[int, float] = field(default_factory=dict)  # by K, see `planner.py`
     coverage: float | None = None  # by `draft_vocabulary`, of the tokens of the answers
-    same_answers: bool | None = None  # of all plans, token for token; None where answers are sampled
+    same_answers: bool | None = None  # of all plans, token for token; None if answers are sampled
     times: dict[int, StageTimes] = field(default_factory=dict)  # by batch size
     confirmed: dict[int, dict[Point, Confirmed]] = field(default_factory=dict)  # by batch size
     baselines: dict[str, dict[int, float]] = field(default_factory=dict)  # by batch size: tokens per second, wall-clock
@@ -78,7 +78,7 @@ class Findings:
     def predicted(self, batch_size: int) -> dict[Point, float]:
         """Tokens per second of every plan whose acceptance and time are known, at every K.
 
-        Up to K = 1 there is no fuzzy step, and plans don't differ: one stands for all.
+        Up to K = 1 there is no fuzzy step, so plans don't differ and only one is listed.
         """
         times = self.times[batch_size]
         untuned = self.untuned[batch_size].plan
@@ -90,22 +90,22 @@ class Findings:
         }
 
     def rates(self, batch_size: int) -> dict[Point, float]:
-        """Tokens per second that the choice rests on: confirmed where they were, else predicted."""
+        """The tokens per second for the choice: confirmed ones if there are any, else predicted ones."""
         if batch_size not in self.confirmed:
             return self.predicted(batch_size)
         seen = self.confirmed[batch_size]
         return {point: one.wall_rate if self.by_wall else one.stage_rate for point, one in seen.items()}
 
     def neighbours(self, batch_size: int) -> list[Point]:
-        """The fastest confirmed point and, of its plan, one draft more and one less, so far as they aren't confirmed.
+        """The fastest confirmed point and its plan with one draft more and one less, unless they are confirmed already.
 
-        Empty where there is nothing left to try, or nothing to climb from: no point confirmed, or K = 0 the fastest.
+        Empty if there is nothing left to try, or nothing to climb from: no point is confirmed, or K = 0 is the fastest.
         """
         seen = self.confirmed.get(batch_size, {})
         rates = self.rates(batch_size)
         best = max(rates, key=lambda point: rates[point])
         max_drafts = max(len(acceptance) for acceptance in self.acceptance.values())
-        plans = {1: self.untuned[batch_size].plan}  # as `predicted` has it
+        plans = {1: self.untuned[batch_size].plan}  # as in `predicted`
         drafts = [k for k in (best.num_drafts - 1, best.num_drafts + 1) if 0 < k <= max_drafts]
         unseen = [point for point in (Point(plans.get(k, best.plan), k) for k in drafts) if point not in seen]
         return [best, *unseen] if seen and best.num_drafts and unseen else []
@@ -119,7 +119,7 @@ class Findings:
     def warnings(self) -> list[str]:
         """Where a baseline was faster than the tuned engine by more than noise.
 
-        Not the untuned configuration: it was confirmed in turn with the tuned one, which says more.
+        The untuned configuration is left out: it was confirmed in turn with the tuned one, which is more exact.
         """
         tuned = self.baselines.get("tuned", {})
         return [
@@ -134,7 +134,7 @@ class Tuner:
     """Runs the phases on real engines."""
 
     def __init__(self, engine_args: EngineArgs, options: TuneOptions, prompts: list[Prompt]):
-        """engine_args: the target and whatever else vLLM is to be told, without a speculative configuration.
+        """engine_args: the target and other arguments for vLLM, without a speculative configuration.
 
         Raises `ConfigError` for a configuration that can't be used.
         """
@@ -155,14 +155,15 @@ class Tuner:
         self.trials = Trials(prompts, largest, self.max_drafts, options.new_tokens, options.temperature)
         bind_cpus(engine_args.tensor_parallel_size)
         self.engine_args = changed(engine_args, max_num_seqs=largest, disable_log_stats=True, use_tqdm_on_load=False)
-        self.observed: dict[tuple[int, Point], list[Pair]] = defaultdict(list)  # in trial, by batch size
+        self.observed: dict[tuple[int, Point], list[Pair]] = defaultdict(list)  # started, by batch size
         self.progress = Progress(options.time_budget)
         self.found.unfinished = self.progress.unfinished
 
     # ---- the phases ----
 
     def tune(self) -> Findings:
-        """Phases 1 to 5. Ends early where time runs out or the user interrupts; `Findings.unfinished` says where."""
+        """Phases 1 to 5. Ends early if time runs out or the user interrupts; `Findings.unfinished` says what was left
+        out."""
         config = load(self.options.config) | {"num_speculative_tokens": self.max_drafts}
         try:
             with TunedEngine(changed(self.engine_args, speculative_config=config)) as engine:
@@ -255,7 +256,7 @@ class Tuner:
         return vocabulary.share_of(answers)[0] if vocabulary else 1.0
 
     def _fewer_drafts(self) -> list[int]:
-        """The K, beside the largest, at which figures that depend on K are measured; others lie between."""
+        """The K, in addition to the largest, at which times that depend on K are measured; others are interpolated."""
         return sorted({0, 1, 2, self.max_drafts // 2} - {self.max_drafts})
 
     def _measure_times(self, engine: TunedEngine) -> None:
@@ -276,7 +277,7 @@ class Tuner:
             self.found.times[size] = _stage_times({point: seen[size, point] for point in points}, self.max_drafts)
 
     def _make_room(self, engine: TunedEngine, size: int, turn: int) -> None:
-        """Put requests in trial where none are, or where one could end within the next measurement."""
+        """Start requests if none are running, or if one could end within the next measurement."""
         next_takes = (WARM_ROUNDS + self.options.rounds) * (self.max_drafts + 1)
         if not engine.generated or max(engine.generated.values()) + next_takes >= self.trials.params.max_tokens:
             engine.start_requests(self.trials.batch(size, turn), self.trials.params)
@@ -303,7 +304,7 @@ class Tuner:
         return points
 
     def _climb(self, engine: TunedEngine) -> None:
-        """The fastest point is tried again beside its neighbours."""
+        """Measure the fastest point again together with its neighbours."""
         for _, size in self.progress.within("climb", list(product(range(CLIMBS), self.found.confirmed)), minimum=0):
             if points := self.found.neighbours(size):
                 for turn in range(self.options.turns):
@@ -318,12 +319,12 @@ class Tuner:
         confirmed_so_far.update({point: confirmed(size, self.observed[size, point]) for point in points})
 
     def _run_arm(self, name: str, speculative_config: dict[str, Any] | None) -> None:
-        """Tokens per second at each batch size of an engine of its own."""
+        """Tokens per second of one engine at each batch size."""
         arguments, turns = changed(self.engine_args, speculative_config=speculative_config), self.options.turns
         try:
             with AskedEngine(arguments, in_process=False) as engine:
                 rates = {size: self.trials.wall_rate(engine, size, turns) for size in self.found.times}
-        except (RuntimeError, ValueError, EngineDeadError) as error:  # the others go on
+        except (RuntimeError, ValueError, EngineDeadError) as error:  # continue with the others
             self.found.failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
         else:
             self.found.baselines[name] = rates
@@ -335,7 +336,7 @@ def configured(config: EasySpecConfig, batch_size: int, num_layers: int) -> Poin
 
 
 def _stage_times(seen: dict[Point, list[Observation]], max_drafts: int) -> StageTimes:
-    """Medians over turns. By K, the times of the points with the first plan; a step's, those at the largest K."""
+    """Medians over turns. Times by K are of the points with the first plan; a step's are those at the largest K."""
 
     def typical(point: Point, stage: str) -> float:
         return median(one.stage_ms[stage] for one in seen[point])

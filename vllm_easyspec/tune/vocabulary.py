@@ -1,7 +1,8 @@
 """`vllm-easyspec fit --vocabulary N`: the N tokens that a drafter needs most, counted.
 
-In the target's own greedy answers where a target is given, since these are what drafts must hit; text counts where
-answers leave off, and lower ids, the more frequent ones of a BPE tokenizer, where text does.
+Tokens are counted in the target's own greedy answers, if there is a target, since drafts have to match these. Tokens
+that don't occur in answers are ordered by their count in the text, then by id, since a BPE tokenizer's lower ids are
+more frequent.
 """
 
 import hashlib
@@ -33,12 +34,12 @@ from vllm_easyspec.tune.requests import AskedEngine
 
 Documents = Sequence[Sequence[int]]
 PIECE = 256  # tokens of a document: long texts are cut
-HELD_OUT = 5  # every fifth document judges the vocabulary that the others give
+HELD_OUT = 5  # every fifth document is held out to judge the vocabulary
 
 
 @dataclass(frozen=True)
 class CountSettings:
-    """tokens: of answers to let the target write, in all; answer_tokens: of one answer; prompt_tokens: of a prompt."""
+    """tokens: of all answers of the target; answer_tokens: of one answer; prompt_tokens: of a prompt."""
 
     size: int
     tokens: int = 40_000
@@ -55,7 +56,7 @@ def count(
     target: str | None = None,
     engine_arguments: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Write a `VocabularyFile` to `output`, and return what it says of itself.
+    """Write a `VocabularyFile` to `output`. Returns its metadata.
 
     engine_arguments: vLLM's options for the target. Raises `ConfigError` or `BenchmarkError` for what can't be used.
     """
@@ -90,7 +91,7 @@ def count(
 
 
 def run(options: FitOptions) -> str:
-    """Count as `options` say, and write the vocabulary; returns what it covers, in words."""
+    """Count and write the vocabulary. Returns what it covers, in words."""
     assert options.vocabulary is not None
     output = options.output or Path("vocabulary.json")
     check_writable(output)
@@ -106,7 +107,7 @@ def run(options: FitOptions) -> str:
 
 
 def most_used(first: Documents, then: Documents, size: int, vocab_size: int) -> list[int]:
-    """The `size` ids that occur most in `first`; of equal ones those that occur most in `then`, then the lowest."""
+    """The `size` ids that occur most in `first`; ties are broken by the count in `then`, then by the lowest id."""
     counts, ties = (Counter(index for ids in documents for index in ids) for documents in (first, then))
     return sorted(range(vocab_size), key=lambda index: (-counts[index], -ties[index], index))[:size]
 
@@ -128,7 +129,7 @@ def _pieces(path: Path, model: str, tokenizer: Any) -> Iterator[Sequence[int]]:
 
 
 def _answers(target: str, text: Documents, settings: CountSettings, engine_arguments: Sequence[str]) -> Documents:
-    """What the target writes after prompts spread evenly over the text."""
+    """The target's answers to prompts spread evenly over the text."""
     wanted = min(len(text), -(-settings.tokens // settings.answer_tokens))
     prompts = [list(text[number * len(text) // wanted][: settings.prompt_tokens]) for number in range(wanted)]
     arguments = parse_engine_args("fit", engine_arguments)
