@@ -148,7 +148,7 @@ def test_fit_counts_a_text(tmp_path, capsys):
         (["--vocabulary", "64", "--drafter", "BARE"], "has no tokenizer. Give a folder that holds one"),
         (["--vocabulary", "64"], "holds 1 pieces, and at least 10 are needed. Give more text"),
         (["--target", "TARGET"], "--target TARGET is not allowed without --vocabulary"),
-        (["--", "--dtype", "float32"], "what stands after -- is not allowed without --vocabulary"),
+        (["--", "--dtype", "float32"], "an option after -- is not allowed without --vocabulary"),
     ],
 )
 def test_fit_says_what_cannot_be_counted(tmp_path, capsys, arguments, message):

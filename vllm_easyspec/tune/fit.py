@@ -329,7 +329,7 @@ def _gathered(mine: dict[K, V]) -> dict[K, V]:
 def run(options: FitOptions) -> str:
     """Fit maps and write them. Returns the report as tables."""
     if options.target is not None or options.engine_arguments:
-        given = "what stands after --" if options.target is None else f"--target {options.target}"
+        given = "an option after --" if options.target is None else f"--target {options.target}"
         raise ConfigError(f"{given} is not allowed without --vocabulary: maps are fitted on the drafter alone")
     output = options.output or Path("lookahead.safetensors")
     check_writable(output)

@@ -17,25 +17,29 @@ class TuneOptions:
     prompts: Path = option("JSON lines with prompt, text or turns", metavar="FILE")
     out: Path = option("write the tuned configuration here", "-o", metavar="YAML")
     report: Path | None = option("write a report with plots here (needs matplotlib)", default=None, metavar="HTML")
-    json: Path | None = option("keep all that was measured here", default=None, metavar="FILE")
-    batch_sizes: tuple[int, ...] = option(default=(1, 2, 4, 8, 16), metavar="B,...", type=integers)
-    time_budget: float | None = option("for all, engine starts included", default=None, metavar="SECONDS")
+    json: Path | None = option("save all measurements here", default=None, metavar="FILE")
+    batch_sizes: tuple[int, ...] = option(
+        "batch sizes to tune for", default=(1, 2, 4, 8, 16), metavar="B,...", type=integers
+    )
+    time_budget: float | None = option("limit for everything, engine starts included", default=None, metavar="SECONDS")
     tensor_parallel_size: int = option("ranks", "--tensor-parallel-size", "-tp", default=1, metavar="T")
     max_drafts: int | None = option(
         "largest K tried (default: the YAML's, at least 8)", default=None, metavar="K", type=at_least(2)
     )
-    plans: int = option("plans to measure, beside the untuned and the precise one", default=12, type=at_least(0))
-    max_group: int = option("layers in a group, at most", default=8, metavar="N", type=at_least(1))
-    prompt_tokens: int = option("of a prompt, at most", default=256, metavar="N", type=at_least(1))
-    new_tokens: int = option("to answer a prompt with", default=64, metavar="N", type=at_least(8))
-    rounds: int = option("of a plan or K at a time", default=8, metavar="N", type=at_least(1))
-    turns: int = option("that plans take", default=3, metavar="N", type=at_least(1))
+    plans: int = option(
+        "plans to measure, in addition to the untuned and the precise one", default=12, type=at_least(0)
+    )
+    max_group: int = option("largest group of layers", default=8, metavar="N", type=at_least(1))
+    prompt_tokens: int = option("use at most N tokens of each prompt", default=256, metavar="N", type=at_least(1))
+    new_tokens: int = option("tokens to generate for each prompt", default=64, metavar="N", type=at_least(8))
+    rounds: int = option("rounds of a plan or K before the next one", default=8, metavar="N", type=at_least(1))
+    turns: int = option("turns of each plan", default=3, metavar="N", type=at_least(1))
     temperature: float = option("of the target's sampling; 0 is greedy", default=0.0)
     rate: str | None = option(
-        "time that choices rest on (default: wall; on a CPU stages)", default=None, choices=["wall", "stages"]
+        "time by which to choose (default: wall; on a CPU stages)", default=None, choices=["wall", "stages"]
     )
     baselines: tuple[str, ...] = option(
-        "engines to compare with at the end; an empty text for no comparison",
+        "engines to compare with at the end; an empty value for no comparison",
         default=BASELINES,
         metavar="NAME,...",
         type=names(*BASELINES),
@@ -58,13 +62,13 @@ class FitSettings:
     )
     longest_group: int = option("also maps for every group of up to N layers", default=1, metavar="N", type=at_least(1))
     rank: int | None = option(
-        "(default: the lowest that fits nearly as well)", default=None, metavar="R", type=at_least(1)
+        "rank of the maps (default: the lowest that fits nearly as well)", default=None, metavar="R", type=at_least(1)
     )
-    tokens: int = option("to read", default=40_000, metavar="N", type=at_least(1))
-    length: int = option("tokens of a sequence", default=256, metavar="N")
+    tokens: int = option("tokens of text to read", default=40_000, metavar="N", type=at_least(1))
+    length: int = option("tokens per sequence", default=256, metavar="N")
     num_drafts: int = option("drafts per round", "--num-speculative-tokens", default=5, metavar="K", type=at_least(2))
     own: float = option(
-        "share of the sequences that the drafter itself goes on with after their first quarter",
+        "share of the sequences that the drafter continues after their first quarter",
         default=0.5,
         metavar="SHARE",
     )
