@@ -26,6 +26,7 @@ class Progress:
             total=sum(SHARES.values()),
             desc=self.phase,
             smoothing=0,
+            miniters=0,  # shown after each item, however little of a phase it is
             bar_format="{desc:10} {percentage:3.0f}% |{bar}| {elapsed} gone, {remaining} left{postfix}",
         )
 
