@@ -16,6 +16,7 @@ from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_easyspec.batch import DraftBatch
+from vllm_easyspec.config import RuntimeOptions
 from vllm_easyspec.drafter.plan import DraftPlan, PlanTable
 from vllm_easyspec.engineless import EnginelessDrafter
 from vllm_easyspec.graphs import DraftGraph
@@ -27,6 +28,7 @@ CASE = next(case for case in CASES if case.name == "mistral_tied")
 K, MAX_REQS, MAX_LEN, BLOCK_SIZE = 3, 3, 96, 32
 PLANS = {scope: DraftPlan((1, 2, 1), scope) for scope in ("attention", "block")}
 SIZE = 3  # requests that a graph holds
+DRAFTED = {1: None, 2: 40}  # by the number of ranks: the lowest ids that may be drafted; None: all
 # Of each request of a round: tokens in the pages, and how many of the K + 1 tokens that the target read are kept.
 ROUNDS = [[(30, 1), (62, K + 1), (5, 3)], [(33, K + 1), (60, 2)]]
 
@@ -39,15 +41,22 @@ class Seen:
 
 
 class Rounds:
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, drafted: int | None):
         selector._cached_get_attn_backend.cache_clear()
         CpuPlatform.get_attn_backend_cls = classmethod(
             lambda cls, *_, **__: AttentionBackendEnum.TRITON_ATTN.get_path()
         )
         torch.cuda.get_device_capability = lambda device=None: (9, 0)
         recorded_graph.use()
+        options = RuntimeOptions(draft_vocabulary=drafted)
         self.drafter = EnginelessDrafter(
-            folder, max_num_reqs=MAX_REQS, max_len=MAX_LEN, block_size=BLOCK_SIZE, num_drafts=K, graph_sizes=[SIZE]
+            folder,
+            options,
+            max_num_reqs=MAX_REQS,
+            max_len=MAX_LEN,
+            block_size=BLOCK_SIZE,
+            num_drafts=K,
+            graph_sizes=[SIZE],
         )
         model, pages = self.drafter.model, self.drafter.pages
         self.loop = self.drafter.loop
@@ -118,8 +127,8 @@ class Rounds:
             self.drafter.runtime.capture([SIZE], [K], DraftSettings(PlanTable.of(plan), K))
 
 
-def observe(folder: str) -> dict:
-    rounds = Rounds(folder)
+def observe(folder: str, drafted: int | None) -> dict:
+    rounds = Rounds(folder, drafted)
     before = rounds.pages.clone()
     rounds.record()
     found = {"untouched": torch.equal(before, rounds.pages), "captured": len(rounds.graphs.graphs)}
@@ -138,7 +147,7 @@ def observe(folder: str) -> dict:
 def observed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("drafter")
     make_checkpoint(CASE, folder)
-    return {ranks: run_ranks(ranks, observe, str(folder)) for ranks in (1, 2)}
+    return {ranks: run_ranks(ranks, observe, str(folder), drafted) for ranks, drafted in DRAFTED.items()}
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -148,6 +157,7 @@ def test_a_replayed_round_is_the_eager_round(index, scope, ranks, observed):
     for found in observed[ranks]:
         eager, replayed = found[scope, index]
         assert len(set(eager.drafts.flatten().tolist())) > 2
+        assert DRAFTED[ranks] is None or eager.drafts.max() < DRAFTED[ranks]
         assert eager.drafts.tolist() == replayed.drafts.tolist()
         assert eager.positions.tolist() == replayed.positions.tolist()
         # All pages: padding and rejected drafts wrote nothing.
