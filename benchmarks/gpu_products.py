@@ -78,13 +78,13 @@ def ways_of_product(part: str, x: torch.Tensor, w: torch.Tensor, norms: torch.Te
     }
     if x.shape[1] > ops.FEW_TOKENS_CUDA:
         return ways
-    project, among_zeros = ops.norm_and_project, ops.project_among_zeros
+    project, among_zeros, columns = ops.norm_and_project, ops.project_among_zeros, w.shape[2]
     if part == "qkv":
-        ways["own"] = lambda: [project(x[0], norms, w, None, i, 1, 1e-6) for i in singles]
-        ways["own_group"] = lambda: [project(x[0], norms, w, None, i, GROUP, 1e-6) for i in groups]
+        ways["own"] = lambda: [project(x[0], norms, w, None, None, i, 1, columns, 1e-6) for i in singles]
+        ways["own_group"] = lambda: [project(x[0], norms, w, None, None, i, GROUP, columns, 1e-6) for i in groups]
     elif part == "o":
-        ways["own"] = lambda: [among_zeros(x[:1], w, None, i, 1, 0, 1) for i in singles]
-        ways["own_group"] = lambda: [among_zeros(x, w, None, i, GROUP, 0, 1) for i in groups]
+        ways["own"] = lambda: [among_zeros(x[:1], w, None, None, i, 1, 0, 1, columns) for i in singles]
+        ways["own_group"] = lambda: [among_zeros(x, w, None, None, i, GROUP, 0, 1, columns) for i in groups]
     return ways
 
 
@@ -93,15 +93,15 @@ def ways_of_mlp(
 ) -> dict[str, Callable[[], Any]]:
     """Ways to compute the MLPs of all layers, from norm to residual: x `[GROUP, tokens, hidden]`."""
     reference = ops.REFERENCES[torch.ops.vllm_easyspec.sum_of_mlps.default]
-    args = norms, gate_up, None, down, x[0]
+    args, width = (norms, gate_up, None, None, down, None, x[0]), down.shape[1]
     singles, groups = range(down.shape[0]), range(0, down.shape[0], GROUP)
     ways: dict[str, Callable[[], Any]] = {
-        "input_major": lambda: [reference(x[:1], *args, i, 1e-6) for i in singles],
-        "input_major_group": lambda: [reference(x, *args, i, 1e-6) for i in groups],
+        "input_major": lambda: [reference(x[:1], *args, i, width, 1e-6) for i in singles],
+        "input_major_group": lambda: [reference(x, *args, i, width, 1e-6) for i in groups],
     }
     if x.shape[1] <= ops.FEW_TOKENS_CUDA:
-        ways["own"] = lambda: [ops.sum_of_mlps(x[:1], *args, i, 1e-6) for i in singles]
-        ways["own_group"] = lambda: [ops.sum_of_mlps(x, *args, i, 1e-6) for i in groups]
+        ways["own"] = lambda: [ops.sum_of_mlps(x[:1], *args, i, width, 1e-6) for i in singles]
+        ways["own_group"] = lambda: [ops.sum_of_mlps(x, *args, i, width, 1e-6) for i in groups]
     return ways
 
 

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import median
+from typing import Any
 from unittest.mock import patch
 
 import torch
 
 from vllm_easyspec import ops
 from vllm_easyspec.bench.results import surroundings, table, write
+from vllm_easyspec.packing import pack
 
 RANKS, NUM_BLOCKS, BLOCK_SIZE = 2, 100, 32
 
@@ -84,24 +86,39 @@ def cases(shape: Shape, tokens: int, layers: int, dtype: torch.dtype) -> dict[st
             None,
             None,
         ),
-        "norm_and_project": (randn(tokens, hidden), norms, randn(layers, hidden, columns), None, 0, layers, 1e-6),
+        "norm_and_project": (
+            randn(tokens, hidden),
+            norms,
+            randn(layers, hidden, columns),
+            None,
+            None,
+            0,
+            layers,
+            columns,
+            1e-6,
+        ),
         "project_among_zeros": (
             randn(layers, tokens, q_size),
             randn(layers, q_size, hidden),
+            None,
             None,
             0,
             RANKS * layers,
             0,
             RANKS,
+            hidden,
         ),
         "sum_of_mlps": (
             randn(layers, tokens, hidden),
             norms,
             randn(layers, hidden, 2 * width),
             None,
+            None,
             randn(layers, width, hidden),
             None,
+            None,
             0,
+            width,
             1e-6,
         ),
         "group_features": (randn(tokens, hidden), randn(tokens, hidden), 1e-6),
@@ -116,6 +133,13 @@ def cases(shape: Shape, tokens: int, layers: int, dtype: torch.dtype) -> dict[st
             1e-6,
         ),
     }
+
+
+def packed(operator: Any, arguments: tuple) -> tuple:
+    """The arguments as the native operator takes them: the products with packed weights."""
+    name = operator.name().partition("::")[2]
+    parts = {"norm_and_project": {2: 1}, "project_among_zeros": {1: 1}, "sum_of_mlps": {2: 2, 5: 1}}.get(name, {})
+    return tuple(pack(a, parts[i]) if i in parts else a for i, a in enumerate(arguments))
 
 
 def calibration(rows: int, requests: int) -> tuple:
@@ -167,11 +191,12 @@ def interleaved(operator, reference, arguments: tuple, repetitions: int) -> tupl
     """Median microseconds of each. The reference uses no native operators inside."""
     times: tuple[list[float], list[float]] = ([], [])
     plain_norm = ops.REFERENCES[torch.ops.vllm_easyspec.group_rms_norm.default]
+    native = packed(operator, arguments)
     with patch.object(ops, "group_rms_norm", plain_norm):
         for _ in range(repetitions):
-            for call, seconds in zip((operator, reference), times, strict=True):
+            for call, given, seconds in zip((operator, reference), (native, arguments), times, strict=True):
                 began = time.perf_counter()
-                call(*arguments)
+                call(*given)
                 seconds.append(time.perf_counter() - began)
     return round(1e6 * median(times[0]), 2), round(1e6 * median(times[1]), 2)
 

@@ -102,6 +102,63 @@ void run_phase(void (*phase)(const Args&, int64_t, int64_t), const Args& args, i
   torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) { phase(args, begin, end); });
 }
 
+// The matrices [inner, columns] of `count` layers from `first` on, of a packed weight [layers, tiles, steps, kTile, 1
+// or 2]. parts: how many a layer's columns are packed in, each of whole tiles. scales: [layers, columns], of quantized
+// weights.
+PackedMatrices packed_from(const Tensor& weights,
+                           const std::optional<Tensor>& scales,
+                           const char* name,
+                           int64_t first,
+                           int64_t count,
+                           int64_t inner,
+                           int64_t columns,
+                           int64_t parts = 1) {
+  WeightType type = WeightType::kFloat32;
+  switch (weights.scalar_type()) {
+    case ScalarType::Float:
+      break;
+    case ScalarType::BFloat16:
+      type = WeightType::kBFloat16;
+      break;
+    case ScalarType::Half:
+      type = WeightType::kFloat16;
+      break;
+    case ScalarType::Char:
+      type = WeightType::kInt8;
+      break;
+    case ScalarType::Float8_e4m3fn:
+      type = WeightType::kFloat8;
+      break;
+    default:
+      STD_TORCH_CHECK(false, name, " is of a dtype that no product reads");
+  }
+  const int64_t abreast = type == WeightType::kFloat32 ? 1 : 2;
+  const int64_t tiles = parts * num_tiles(columns / parts), steps = (inner + abreast - 1) / abreast;
+  STD_TORCH_CHECK(weights.dim() == 5 && weights.size(1) == tiles && weights.size(2) == steps &&
+                      weights.size(3) == kTile && weights.size(4) == abreast,
+                  name,
+                  " is not packed, or not for these sizes");
+  check_stacked(weights, name, weights.scalar_type(), first, count, tiles * steps * kTile * abreast);
+  const bool quantized = type == WeightType::kInt8 || type == WeightType::kFloat8;
+  STD_TORCH_CHECK(scales.has_value() == quantized, name, " has scales without being quantized, or none");
+  check_stacked(scales, "the scales", ScalarType::Float, first, count, columns);
+  return {
+      .numbers = rows_from(weights, first),
+      .scales = static_cast<const float*>(rows_from(scales, first)),
+      .tiles = tiles,
+      .steps = steps,
+      .columns = columns,
+      .type = type,
+  };
+}
+
+// Rows that multiply `matrices`, for which there is memory at `memory`; see floats_of.
+Rows rows_for(const PackedMatrices& matrices, DType dtype, float* memory) {
+  return {.numbers = memory, .width = row_width(matrices), .are_pairs = multiplies_pairs(dtype, matrices.type)};
+}
+
+int64_t floats_of(int64_t rows, const PackedMatrices& matrices) { return rows * row_width(matrices); }
+
 #ifdef EASYSPEC_CUDA
 // The device of `tensor` and its current stream; raises for a kernel that could not be launched.
 template <class Launch>
@@ -112,6 +169,21 @@ void on_device_of(const Tensor& tensor, Launch launch) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
   launch(stream);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// Weights as a GPU's products read them: [layers, inner, columns], in the inputs' dtype.
+void check_plain(const Tensor& weights,
+                 const std::optional<Tensor>& scales,
+                 const char* name,
+                 ScalarType dtype,
+                 int64_t first,
+                 int64_t count,
+                 int64_t inner,
+                 int64_t columns) {
+  STD_TORCH_CHECK(weights.dim() == 3 && weights.size(1) == inner && weights.size(2) == columns && !scales,
+                  name,
+                  " is not [layers, inner, columns], or is quantized");
+  check_stacked(weights, name, dtype, first, count, inner * columns);
 }
 
 // A product of few tokens on the device of `tensor`; raises for one that the kernel can't do.
@@ -412,22 +484,24 @@ Tensor embed_shard(const Tensor& ids, const Tensor& table, int64_t first, int64_
 Tensor norm_and_project(const Tensor& x,
                         const Tensor& norms,
                         const Tensor& weights,
+                        const std::optional<Tensor>& scales,
                         const std::optional<Tensor>& bias,
                         int64_t first,
                         int64_t layers,
+                        int64_t columns,
                         double eps) {
   const bool one_input = x.dim() == 2;
-  STD_TORCH_CHECK((one_input || (x.dim() == 3 && x.size(0) == layers)) && weights.dim() == 3,
-                  "x or weights has the wrong number of dimensions, or x another number of layers");
-  const int64_t tokens = x.size(x.dim() - 2), hidden = weights.size(1), columns = weights.size(2);
+  STD_TORCH_CHECK(one_input || (x.dim() == 3 && x.size(0) == layers),
+                  "x has the wrong number of dimensions or of layers");
+  const int64_t tokens = x.size(x.dim() - 2), hidden = x.size(x.dim() - 1);
   const ScalarType dtype = x.scalar_type();
   check_contiguous(x, "x", dtype, (one_input ? 1 : layers) * tokens * hidden);
   check_stacked(norms, "norms", dtype, first, layers, hidden);
-  check_stacked(weights, "weights", dtype, first, layers, hidden * columns);
   check_stacked(bias, "bias", dtype, first, layers, columns);
   Tensor out = torch::stable::new_empty(x, {layers, tokens, columns});
 #ifdef EASYSPEC_CUDA
   if (x.is_cuda()) {
+    check_plain(weights, scales, "weights", dtype, first, layers, hidden, columns);
     run_skinny(x,
                {
                    .x = x.data_ptr(),
@@ -454,44 +528,46 @@ Tensor norm_and_project(const Tensor& x,
     return out;
   }
 #endif
+  const PackedMatrices matrices = packed_from(weights, scales, "weights", first, layers, hidden, columns);
   const NormAndProject args{
       .x = x.data_ptr(),
       .layer_step = one_input ? 0 : tokens * hidden,
       .norms = rows_from(norms, first),
-      .weights = rows_from(weights, first),
+      .weights = matrices,
       .bias = rows_from(bias, first),
       .out = out.data_ptr(),
-      .normed = scratch(layers * tokens * hidden),
+      .normed = rows_for(matrices, dtype_of(x, "x"), scratch(floats_of(layers * tokens, matrices))),
       .layers = layers,
       .tokens = tokens,
       .hidden = hidden,
-      .columns = columns,
       .eps = static_cast<float>(eps),
       .dtype = dtype_of(x, "x"),
   };
   run_phase<NormAndProject>(norm_phase, args, tokens, layers * hidden);
-  run_phase<NormAndProject>(project_phase, args, layers * num_tiles(columns), tokens * hidden * kTile);
+  run_phase<NormAndProject>(project_phase, args, layers * matrices.tiles, tokens * hidden * kTile);
   return out;
 }
 
 Tensor project_among_zeros(const Tensor& x,
                            const Tensor& weights,
+                           const std::optional<Tensor>& scales,
                            const std::optional<Tensor>& bias,
                            int64_t first,
                            int64_t group,
                            int64_t offset,
-                           int64_t step) {
-  STD_TORCH_CHECK(x.dim() == 3 && weights.dim() == 3, "x or weights has the wrong number of dimensions");
-  const int64_t layers = x.size(0), tokens = x.size(1), inner = weights.size(1), columns = weights.size(2);
+                           int64_t step,
+                           int64_t columns) {
+  STD_TORCH_CHECK(x.dim() == 3, "x is not [layers, tokens, inner]");
+  const int64_t layers = x.size(0), tokens = x.size(1), inner = x.size(2);
   const ScalarType dtype = x.scalar_type();
   check_contiguous(x, "x", dtype, layers * tokens * inner);
-  check_stacked(weights, "weights", dtype, first, layers, inner * columns);
   check_stacked(bias, "bias", dtype, first, layers, columns);
   STD_TORCH_CHECK(offset >= 0 && step >= 1 && offset + (layers - 1) * step < group,
                   "the layers do not fit into the group");
   Tensor out = torch::stable::new_empty(x, {group, tokens, columns});
 #ifdef EASYSPEC_CUDA
   if (x.is_cuda()) {
+    check_plain(weights, scales, "weights", dtype, first, layers, inner, columns);
     run_skinny(x,
                {
                    .x = x.data_ptr(),
@@ -518,44 +594,49 @@ Tensor project_among_zeros(const Tensor& x,
     return out;
   }
 #endif
+  const PackedMatrices matrices = packed_from(weights, scales, "weights", first, layers, inner, columns);
   const ProjectAmongZeros args{
       .x = x.data_ptr(),
-      .weights = rows_from(weights, first),
+      .weights = matrices,
       .bias = rows_from(bias, first),
       .out = out.data_ptr(),
+      .rows = rows_for(matrices, dtype_of(x, "x"), scratch(floats_of(layers * tokens, matrices))),
       .layers = layers,
       .group = group,
       .first = offset,
       .step = step,
       .tokens = tokens,
       .inner = inner,
-      .columns = columns,
       .dtype = dtype_of(x, "x"),
   };
-  run_phase(project_among_zeros_phase, args, group * num_tiles(columns), tokens * inner * kTile);
+  run_phase(rows_phase, args, layers * tokens, inner);
+  run_phase<ProjectAmongZeros>(project_phase, args, group * matrices.tiles, tokens * inner * kTile);
   return out;
 }
 
 Tensor sum_of_mlps(const Tensor& inputs,
                    const Tensor& norms,
                    const Tensor& gate_up,
+                   const std::optional<Tensor>& gate_up_scales,
                    const std::optional<Tensor>& gate_up_bias,
                    const Tensor& down,
+                   const std::optional<Tensor>& down_scales,
                    const std::optional<Tensor>& residual,
                    int64_t first,
+                   int64_t width,
                    double eps) {
-  STD_TORCH_CHECK(inputs.dim() == 3 && gate_up.dim() == 3, "inputs or gate_up is not [layers, ..., ...]");
-  const int64_t layers = inputs.size(0), tokens = inputs.size(1), hidden = inputs.size(2), width = gate_up.size(2) / 2;
+  STD_TORCH_CHECK(inputs.dim() == 3, "inputs is not [layers, tokens, hidden]");
+  const int64_t layers = inputs.size(0), tokens = inputs.size(1), hidden = inputs.size(2);
   const ScalarType dtype = inputs.scalar_type();
   check_contiguous(inputs, "inputs", dtype, layers * tokens * hidden);
   check_stacked(norms, "norms", dtype, first, layers, hidden);
-  check_stacked(gate_up, "gate_up", dtype, first, layers, hidden * 2 * width);
   check_stacked(gate_up_bias, "gate_up_bias", dtype, first, layers, 2 * width);
-  check_stacked(down, "down", dtype, first, layers, width * hidden);
   if (residual) check_contiguous(*residual, "residual", dtype, tokens * hidden);
   Tensor out = torch::stable::new_empty(inputs, {tokens, hidden});
 #ifdef EASYSPEC_CUDA
   if (inputs.is_cuda()) {
+    check_plain(gate_up, gate_up_scales, "gate_up", dtype, first, layers, hidden, 2 * width);
+    check_plain(down, down_scales, "down", dtype, first, layers, width, hidden);
     // What the gates let through, the layers side by side, so that the second product sums over them.
     Tensor wide = torch::stable::new_empty(inputs, {tokens, layers * width});
     run_skinny(inputs,
@@ -607,27 +688,31 @@ Tensor sum_of_mlps(const Tensor& inputs,
     return out;
   }
 #endif
-  float* memory = scratch(layers * tokens * (hidden + width));
+  const PackedMatrices wide_in = packed_from(gate_up, gate_up_scales, "gate_up", first, layers, hidden, 2 * width, 2);
+  const PackedMatrices wide_out = packed_from(down, down_scales, "down", first, layers, width, hidden);
+  const DType type = dtype_of(inputs, "inputs");
+  const int64_t rows = layers * tokens;
+  float* memory = scratch(floats_of(rows, wide_in) + floats_of(rows, wide_out));
   const SumOfMlps args{
       .inputs = inputs.data_ptr(),
       .norms = rows_from(norms, first),
-      .gate_up = rows_from(gate_up, first),
+      .gate_up = wide_in,
       .gate_up_bias = rows_from(gate_up_bias, first),
-      .down = rows_from(down, first),
+      .down = wide_out,
       .residual = rows_from(residual, 0),
       .out = out.data_ptr(),
-      .normed = memory,
-      .wide = memory + layers * tokens * hidden,
+      .normed = rows_for(wide_in, type, memory),
+      .wide = rows_for(wide_out, type, memory + floats_of(rows, wide_in)),
       .layers = layers,
       .tokens = tokens,
       .hidden = hidden,
       .width = width,
       .eps = static_cast<float>(eps),
-      .dtype = dtype_of(inputs, "inputs"),
+      .dtype = type,
   };
-  run_phase<SumOfMlps>(norm_phase, args, layers * tokens, hidden);
-  run_phase(gate_up_phase, args, layers * num_tiles(2 * width), tokens * hidden * kTile);
-  run_phase(down_phase, args, num_tiles(hidden), tokens * layers * width * kTile);
+  run_phase<SumOfMlps>(norm_phase, args, rows, hidden);
+  run_phase(gate_up_phase, args, layers * wide_in.tiles / 2, tokens * hidden * 2 * kTile);
+  run_phase(down_phase, args, wide_out.tiles, tokens * layers * width * kTile);
   return out;
 }
 

@@ -2,6 +2,7 @@
 // The phases of a struct run one after another, the tasks of a phase side by side.
 #pragma once
 
+#include "packed_matmul.h"
 #include "rotate_and_store.h"
 #include "skinny_matmul.h"
 
@@ -22,17 +23,16 @@ void embed_shard_phase(const EmbedShard& args, int64_t begin, int64_t end);  // 
 
 // Norm and projection of a group's queries, keys and values, from one input or one a layer.
 struct NormAndProject {
-  const void* x;        // [tokens, hidden], or [layers, tokens, hidden]
-  int64_t layer_step;   // elements from a layer's input to the next one's, 0 for one input
-  const void* norms;    // [layers, hidden]
-  const void* weights;  // [layers, hidden, columns]
-  const void* bias;     // [layers, columns], or none
-  void* out;            // [layers, tokens, columns]
-  float* normed;        // [layers, tokens, hidden]
+  const void* x;           // [tokens, hidden], or [layers, tokens, hidden]
+  int64_t layer_step;      // elements from a layer's input to the next one's, 0 for one input
+  const void* norms;       // [layers, hidden]
+  PackedMatrices weights;  // of the layers, [hidden, columns]
+  const void* bias;        // [layers, columns], or none
+  void* out;               // [layers, tokens, columns]
+  Rows normed;             // [layers * tokens]
   int64_t layers;
   int64_t tokens;
   int64_t hidden;
-  int64_t columns;
   float eps;
   DType dtype;
 };
@@ -42,33 +42,34 @@ void project_phase(const NormAndProject& args, int64_t begin, int64_t end);  // 
 
 // The output projections of the layers of a group that live here, among zeros for the others.
 struct ProjectAmongZeros {
-  const void* x;        // [layers, tokens, inner]
-  const void* weights;  // [layers, inner, columns]
-  const void* bias;     // [layers, columns], or none
-  void* out;            // [group, tokens, columns]
+  const void* x;           // [layers, tokens, inner]
+  PackedMatrices weights;  // of the layers, [inner, columns]
+  const void* bias;        // [layers, columns], or none
+  void* out;               // [group, tokens, columns]
+  Rows rows;               // [layers * tokens]
   int64_t layers;
   int64_t group;
   int64_t first;  // the group's first layer here
   int64_t step;   // to the next
   int64_t tokens;
   int64_t inner;
-  int64_t columns;
   DType dtype;
 };
 
-void project_among_zeros_phase(const ProjectAmongZeros& args, int64_t begin, int64_t end);  // group x tiles of columns
+void rows_phase(const ProjectAmongZeros& args, int64_t begin, int64_t end);     // layers x tokens
+void project_phase(const ProjectAmongZeros& args, int64_t begin, int64_t end);  // group x tiles of columns
 
 // The sum of several layers' gated MLPs, each on its own input.
 struct SumOfMlps {
   const void* inputs;        // [layers, tokens, hidden]
   const void* norms;         // [layers, hidden]
-  const void* gate_up;       // [layers, hidden, 2 * width]
+  PackedMatrices gate_up;    // of the layers, [hidden, 2 * width]: a tile of gates and a tile of what they gate in turn
   const void* gate_up_bias;  // [layers, 2 * width], or none
-  const void* down;          // [layers, width, hidden]
+  PackedMatrices down;       // of the layers, [width, hidden]
   const void* residual;      // [tokens, hidden], or none: added to the sum
   void* out;                 // [tokens, hidden]
-  float* normed;             // [layers, tokens, hidden]
-  float* wide;               // [tokens, layers * width]
+  Rows normed;               // [layers * tokens]
+  Rows wide;                 // [layers * tokens]
   int64_t layers;
   int64_t tokens;
   int64_t hidden;

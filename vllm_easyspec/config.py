@@ -31,6 +31,7 @@ MOST_DRAFTS = 256  # far more than can pay off; catches typing errors before the
 MlpMode = Literal["auto", "tensor", "replicate"]
 Calibration = Literal["every_round", "never"]
 GroupedAttention = Literal["auto", "backend", "xformers"]
+Quantization = Literal["int8_per_channel_weight_only", "fp8_per_channel"]  # of vLLM's online methods
 
 logger = logging.getLogger("vllm.easyspec")
 
@@ -40,7 +41,6 @@ REFUSED_FIELDS = {
     "many they are. Remove it",
     "tensor_parallel_size": "the drafter's layers are spread over the target's tensor-parallel ranks. Remove it, and "
     "give the engine --tensor-parallel-size",
-    "quantization": "only unquantized drafters are supported. Remove it, and use the drafter's unquantized checkpoint",
     "parallel_drafting": "it needs a drafter trained for it and vLLM's own proposer. Remove it, or use vLLM's own "
     "method: draft_model",
     "kv_cache_dtype": "the drafter's K/V pages lie in the target's allocation and have its type. Remove it",
@@ -291,6 +291,11 @@ class RuntimeOptions(_Strict):
     lookahead: str | None = Field(
         default=None, min_length=1, description="a file of look-ahead maps, which vllm-easyspec fit writes"
     )
+    quantization: Quantization | None = Field(
+        default=None,
+        description="'int8_per_channel_weight_only' or 'fp8_per_channel' (the drafter's weights are quantized when "
+        "loaded, its activations are not), or leave it out",
+    )
     draft_vocabulary: Annotated[int | str | None, BeforeValidator(_read_vocabulary)] = Field(
         default=None,
         description="the tokens that may be drafted: a number N of at least 1, such as 32768 (the N lowest ids and the "
@@ -329,6 +334,7 @@ class RuntimeOptions(_Strict):
             **({"lookahead": self.lookahead} if self.lookahead else {}),
             **({"draft_vocabulary": self.draft_vocabulary} if self.draft_vocabulary else {}),
             **({"use_heterogeneous_vocab": True} if self.use_heterogeneous_vocab else {}),
+            **({"quantization": self.quantization} if self.quantization else {}),
         }
 
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from vllm.logger import init_logger
 
+from vllm_easyspec.packing import dequantized, is_packed, is_quantized
+
 logger = init_logger("vllm.easyspec")
 
 NAMESPACE = "vllm_easyspec"
@@ -22,16 +24,19 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 REFERENCES: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
 
-# A pass of at most so many tokens takes a sublayer's dense work on a CPU in one native operator. Longer ones are bound
-# by arithmetic, and torch's products of bfloat16 have instructions for it. Measured by benchmarks/operators.py, see
-# docs/experiments.md; float16 is taken to be like bfloat16.
+# A pass of at most so many tokens takes its look-ahead maps on a CPU in one native operator; torch's products of
+# bfloat16 have instructions that it lacks. Measured by benchmarks/operators.py, see docs/experiments.md; float16 is
+# taken to be like bfloat16.
 FEW_TOKENS = {torch.float32: 64, torch.bfloat16: 4, torch.float16: 4}
-# The same on a GPU, in bfloat16: csrc/skinny_product.h's bound.
+# And a sublayer's dense work on a GPU, in bfloat16: csrc/skinny_product.h's bound.
 FEW_TOKENS_CUDA = 16
 
 
 def is_short(x: torch.Tensor) -> bool:
-    """Whether the native operator of few tokens serves an input `[..., tokens, hidden]`."""
+    """Whether the native operator of few tokens serves an input `[..., tokens, hidden]`.
+
+    On a CPU it serves packed weights (`packing.py`) whatever the number of tokens.
+    """
     if WHY_NOT_NATIVE is not None:
         return False
     if x.device.type == "cpu":
@@ -39,6 +44,8 @@ def is_short(x: torch.Tensor) -> bool:
     return x.dtype is torch.bfloat16 and x.shape[-2] <= FEW_TOKENS_CUDA and x.is_cuda and _has_clusters(x.device)
 
 
+# Operators on a drafter's stacked weights: a CPU's are native where the weights are packed.
+STACKED_PRODUCTS = ("norm_and_project", "project_among_zeros", "sum_of_mlps")
 # What a GPU leaves to torch's products, since they were faster there (drafter/products.py): an operator's name, whether
 # it serves several layers at once, and up to how many tokens, a power of two.
 TORCHS_PRODUCTS: set[tuple[str, bool, int]] = set()
@@ -46,17 +53,19 @@ TORCHS_PRODUCTS: set[tuple[str, bool, int]] = set()
 
 def serves(arguments: tuple[Any, ...]) -> bool:
     """Whether the native operator of few tokens can serve a call of this one."""
-    return is_short(arguments[0]) and _are_vectors(arguments)
+    return is_short(arguments[0]) and _are_vectors(arguments) and not any(is_quantized(w) for w in _tensors(arguments))
 
 
 def is_chosen(name: str, arguments: tuple[Any, ...]) -> bool:
     """Whether the native operator of few tokens serves a call of this one."""
     x = arguments[0]
+    if x.device.type == "cpu" and name in STACKED_PRODUCTS:
+        return any(is_packed(w) for w in _tensors(arguments))
     if not serves(arguments):
         return False
     if not (TORCHS_PRODUCTS and x.is_cuda):
         return True
-    layers = arguments[5] if name == "norm_and_project" else x.shape[0]
+    layers = arguments[6] if name == "norm_and_project" else x.shape[0]
     return (name, layers > 1, 1 << (x.shape[-2] - 1).bit_length()) not in TORCHS_PRODUCTS
 
 
@@ -76,9 +85,13 @@ def _has_clusters(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def _tensors(arguments: tuple[Any, ...]) -> list[torch.Tensor]:
+    return [a for a in arguments if isinstance(a, torch.Tensor)]
+
+
 def _are_vectors(arguments: tuple[Any, ...]) -> bool:
     """Whether a GPU's kernel reads whole vectors of 16 bytes, in half a row of a gated product too."""
-    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+    tensors = _tensors(arguments)
     if not tensors[0].is_cuda:
         return True
     return tensors[0].shape[-1] % 8 == 0 and all(w.shape[-1] % 16 == 0 for w in tensors[1:] if w.dim() == 3)
@@ -325,47 +338,63 @@ def rotate_and_store(
 
 
 @_operator(
-    "norm_and_project(Tensor x, Tensor norms, Tensor weights, Tensor? bias, int first, int count, float eps) -> Tensor",
-    fake=lambda x, norms, weights, bias, first, count, eps: x.new_empty(count, x.shape[-2], weights.shape[2]),
+    "norm_and_project(Tensor x, Tensor norms, Tensor weights, Tensor? scales, Tensor? bias, int first, int count, "
+    "int columns, float eps) -> Tensor",
+    fake=lambda x, norms, weights, scales, bias, first, count, columns, eps: x.new_empty(count, x.shape[-2], columns),
     of_few_tokens=True,
 )
 def norm_and_project(
     x: torch.Tensor,
     norms: torch.Tensor,
     weights: torch.Tensor,
+    scales: torch.Tensor | None,
     bias: torch.Tensor | None,
     first: int,
     count: int,
+    columns: int,
     eps: float,
 ) -> torch.Tensor:
     """Norm and projection by `count` layers from `first` on, of one input `[tokens, hidden]` or one a layer
     `[count, tokens, hidden]`: to `[count, tokens, columns]`.
 
-    norms: `[layers, hidden]`; weights: `[layers, hidden, columns]`; bias: `[layers, columns]`.
+    norms: `[layers, hidden]`; weights: `[layers, hidden, columns]` in any form of `packing.py`; scales: `[layers,
+    columns]` of quantized weights; bias: `[layers, columns]`.
     """
     own = slice(first, first + count)
-    out = products(group_rms_norm(x, norms[own], eps), weights[own])
+    matrices = dequantized(weights[own], _rows(scales, own), x.dtype, x.shape[-1], columns)
+    out = products(group_rms_norm(x, norms[own], eps), matrices)
     return out if bias is None else out.add_(bias[own].unsqueeze(1))
 
 
 @_operator(
-    "project_among_zeros(Tensor x, Tensor weights, Tensor? bias, int first, int group, int offset, int step) -> Tensor",
-    fake=lambda x, weights, bias, first, group, offset, step: x.new_empty(group, x.shape[1], weights.shape[2]),
+    "project_among_zeros(Tensor x, Tensor weights, Tensor? scales, Tensor? bias, int first, int group, int offset, "
+    "int step, int columns) -> Tensor",
+    fake=lambda x, weights, scales, bias, first, group, offset, step, columns: x.new_empty(group, x.shape[1], columns),
     of_few_tokens=True,
 )
 def project_among_zeros(
-    x: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None, first: int, group: int, offset: int, step: int
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    scales: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    first: int,
+    group: int,
+    offset: int,
+    step: int,
+    columns: int,
 ) -> torch.Tensor:
     """Projections by a rank's share of a group, zeros for the other ranks' layers: `[count, tokens, inner]` to
     `[group, tokens, columns]`.
 
-    weights: `[layers, inner, columns]` and bias: `[layers, columns]`, the share's from `first` on. It is every
-    `step`-th layer of the group from its `offset`-th.
+    weights: `[layers, inner, columns]` in any form of `packing.py`; scales: `[layers, columns]` of quantized weights;
+    bias: `[layers, columns]`; of all the share's from `first` on. It is every `step`-th layer of the group from its
+    `offset`-th.
     """
     count = x.shape[0]
-    local = products(x, weights[first : first + count])
+    own = slice(first, first + count)
+    local = products(x, dequantized(weights[own], _rows(scales, own), x.dtype, x.shape[-1], columns))
     if bias is not None:
-        local += bias[first : first + count].unsqueeze(1)
+        local += bias[own].unsqueeze(1)
     if group == count:
         return local
     out = local.new_zeros(group, *local.shape[1:])
@@ -374,8 +403,8 @@ def project_among_zeros(
 
 
 @_operator(
-    "sum_of_mlps(Tensor inputs, Tensor norms, Tensor gate_up, Tensor? gate_up_bias, Tensor down, Tensor? residual, "
-    "int first, float eps) -> Tensor",
+    "sum_of_mlps(Tensor inputs, Tensor norms, Tensor gate_up, Tensor? gate_up_scales, Tensor? gate_up_bias, "
+    "Tensor down, Tensor? down_scales, Tensor? residual, int first, int width, float eps) -> Tensor",
     fake=lambda inputs, *others: torch.empty_like(inputs[0]),
     of_few_tokens=True,
 )
@@ -383,26 +412,37 @@ def sum_of_mlps(
     inputs: torch.Tensor,
     norms: torch.Tensor,
     gate_up: torch.Tensor,
+    gate_up_scales: torch.Tensor | None,
     gate_up_bias: torch.Tensor | None,
     down: torch.Tensor,
+    down_scales: torch.Tensor | None,
     residual: torch.Tensor | None,
     first: int,
+    width: int,
     eps: float,
 ) -> torch.Tensor:
     """The sum of the gated MLPs of the layers from `first` on, each on its own input, and of `residual`
     (`[tokens, hidden]`) if given: `[count, tokens, hidden]` to `[tokens, hidden]`.
 
     norms: `[layers, hidden]`; gate_up: `[layers, hidden, 2 * width]`, gates first; gate_up_bias: `[layers,
-    2 * width]`; down: `[layers, width, hidden]`.
+    2 * width]`; down: `[layers, width, hidden]`; gate_up and down in any form of `packing.py`, and if quantized with
+    scales `[layers, 2 * width]` and `[layers, hidden]`.
     """
-    own = slice(first, first + inputs.shape[0])
-    hidden = products(group_rms_norm(inputs, norms[own], eps), gate_up[own])
+    count, _, size = inputs.shape
+    own = slice(first, first + count)
+    into = dequantized(gate_up[own], _rows(gate_up_scales, own), inputs.dtype, size, 2 * width, parts=2)
+    hidden = products(group_rms_norm(inputs, norms[own], eps), into)
     if gate_up_bias is not None:
         hidden += gate_up_bias[own].unsqueeze(1)
     # The down projections and their sum are one product: the layers' widths lie side by side.
     wide = silu_and_mul(hidden).transpose(0, 1).flatten(1)
-    total = products(wide.unsqueeze(0), down[own].flatten(0, 1).unsqueeze(0))[0]
+    out_of = dequantized(down[own], _rows(down_scales, own), inputs.dtype, width, size)
+    total = products(wide.unsqueeze(0), out_of.flatten(0, 1).unsqueeze(0))[0]
     return total if residual is None else residual + total
+
+
+def _rows(tensor: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    return None if tensor is None else tensor[rows]
 
 
 @_operator(

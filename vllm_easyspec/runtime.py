@@ -188,6 +188,7 @@ def load_drafter(
             raise ConfigError(f"lookahead={path!r}: the files of model={name!r} are not on this machine")
         lookahead_file.check_drafter(folder, model.shape)
         model.lookahead = LookaheadMaps.load(lookahead_file, model.placement, model.rank, model.final_norm)
+    model.prepare_weights()
     choose_products(model)
     return model
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from vllm_easyspec import ops
+from vllm_easyspec.packing import dequantized, is_packed, pack, quantize, unpack
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 OPERATORS = torch.ops.vllm_easyspec
-PRODUCTS = [getattr(OPERATORS, name).default for name in ("norm_and_project", "project_among_zeros", "sum_of_mlps")]
+PRODUCTS = [getattr(OPERATORS, name).default for name in ops.STACKED_PRODUCTS]
+QUANTIZED = [torch.int8, torch.float8_e4m3fn]
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +32,20 @@ def in_float64(arguments):
     return [a.double() if isinstance(a, torch.Tensor) and a.dtype in floating else a for a in arguments]
 
 
+def as_native(operator, arguments):
+    """The arguments that the native operator of this device takes: on a CPU with packed weights."""
+    if operator not in PRODUCTS or arguments[0].is_cuda:
+        return arguments
+    weights = {"norm_and_project": {2: 1}, "project_among_zeros": {1: 1}, "sum_of_mlps": {2: 2, 5: 1}}
+    parts = weights[operator._schema.name.split("::")[1]]
+    return tuple(pack(a, parts[i]) if i in parts else a for i, a in enumerate(arguments))
+
+
+def quantized(weights, dtype):
+    """The weights in `dtype` and their scales, or as they are and none."""
+    return (weights, None) if dtype is None else quantize(weights, dtype)
+
+
 def check_as_exact(operator, arguments):
     """For an operator that returns one tensor."""
     if (
@@ -40,7 +56,8 @@ def check_as_exact(operator, arguments):
         pytest.skip("torch's products serve it")
     reference = ops.REFERENCES[operator]
     with patch.object(ops, "group_rms_norm", ops.REFERENCES[OPERATORS.group_rms_norm.default]):
-        got, plain, exact = operator(*arguments), reference(*arguments), reference(*in_float64(arguments))
+        native = as_native(operator, arguments)
+        got, plain, exact = operator(*native), reference(*arguments), reference(*in_float64(arguments))
     assert got.shape == exact.shape and got.dtype == arguments[0].dtype and got.is_contiguous()
     check_close(got, plain, exact)
 
@@ -156,21 +173,22 @@ def test_store_writes_live_slots_and_nothing_else(dtype, implementation):
     assert pages.equal(expected)
 
 
-def project_arguments(dtype, tokens=5, hidden=96, columns=160, bias=True):
+def project_arguments(dtype, tokens=5, hidden=96, columns=160, bias=True, weights: torch.dtype | None = None):
     """Layers 2 to 4 of 6."""
     return (
         randn(tokens, hidden, dtype=dtype, scale=3),
         1 + randn(6, hidden, dtype=dtype, scale=0.3),
-        randn(6, hidden, columns, dtype=dtype, scale=hidden**-0.5),
+        *quantized(randn(6, hidden, columns, dtype=dtype, scale=hidden**-0.5), weights),
         randn(6, columns, dtype=dtype) if bias else None,
         2,
         3,
+        columns,
         1e-6,
     )
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 9, 16])
+@pytest.mark.parametrize("tokens", [*range(1, 17), 64, 65, 130])
 @pytest.mark.parametrize("columns", [160, 64, 77])
 def test_norm_and_project(dtype, tokens, columns):
     check_as_exact(OPERATORS.norm_and_project.default, project_arguments(dtype, tokens=tokens, columns=columns))
@@ -182,20 +200,79 @@ def test_norm_and_project_of_an_input_a_layer(dtype):
     check_as_exact(OPERATORS.norm_and_project.default, (randn(3, 5, 96, dtype=dtype, scale=3), *arguments))
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("weights", QUANTIZED)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 6, 8, 9, 32, 70])
+@pytest.mark.parametrize(("hidden", "columns"), [(96, 160), (301, 77)])
+def test_norm_and_project_of_quantized_weights(of_cpu, dtype, weights, tokens, hidden, columns):
+    """hidden: also odd, and more than one chunk of a tile."""
+    arguments = project_arguments(dtype, tokens=tokens, hidden=hidden, columns=columns, weights=weights)
+    check_as_exact(OPERATORS.norm_and_project.default, arguments)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("hidden", [1, 33, 255, 257, 301])
+def test_norm_and_project_of_any_width(of_cpu, dtype, hidden):
+    check_as_exact(OPERATORS.norm_and_project.default, project_arguments(dtype, hidden=hidden, columns=77))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, *QUANTIZED])
+@pytest.mark.parametrize(("inner", "columns", "parts"), [(4, 64, 1), (7, 154, 2), (130, 33, 1), (1, 256, 2)])
+@pytest.mark.parametrize("layers", [3, 0])
+def test_packed_weights_unpack(dtype, inner, columns, parts, layers):
+    """Also those of a rank without layers."""
+    weights = randn(layers, inner, columns)
+    weights = quantize(weights, dtype)[0] if dtype in QUANTIZED else weights.to(dtype)
+    packed = pack(weights, parts)
+    assert packed.dtype is dtype and packed.is_contiguous() and is_packed(packed) and not is_packed(weights)
+    assert unpack(packed, inner, columns, parts).equal(weights)
+    assert dequantized(packed, None, dtype, inner, columns, parts).equal(weights), "what a reference computes with"
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED)
+def test_every_quantized_number_is_read_as_it_is(of_cpu, dtype):
+    """All codes but NaN's, in every column of a tile and beside one another; by both ways to multiply."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    numbers = codes.view(dtype) if dtype is not torch.int8 else codes.view(dtype).clamp(min=-127)
+    numbers = numbers[numbers.float().isfinite()]
+    count = len(numbers)
+    weights = torch.stack([numbers.roll(shift) for shift in range(128)], dim=1).unsqueeze(0)
+    scales = torch.ones(1, 128)
+    for x_dtype in (F32, BF16):
+        rows = torch.eye(count, dtype=x_dtype).unsqueeze(0)
+        got = OPERATORS.project_among_zeros(rows, pack(weights), scales, None, 0, 1, 0, 1, 128)
+        assert got[0].float().equal(weights[0].float())
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED)
+def test_a_quantized_column_is_within_half_a_step(dtype):
+    weights = randn(2, 96, 5, scale=0.05)
+    weights[1, :, 3] = 0
+    codes, scales = quantize(weights, dtype)
+    assert codes.dtype is dtype and scales.shape == (2, 5)
+    error = (codes.float() * scales.unsqueeze(1) - weights).abs()
+    largest = weights.abs().amax(dim=1, keepdim=True)
+    if dtype is torch.int8:
+        assert (error <= largest / 254 * 1.001).all()
+    else:
+        assert (error <= torch.maximum(weights.abs() / 16, largest / 448 * 2**-10) * 1.001).all()
+
+
 def test_norm_and_project_without_bias():
     check_as_exact(OPERATORS.norm_and_project.default, project_arguments(F32, bias=False))
 
 
-def among_zeros_arguments(dtype, tokens=5, columns=96, bias=True):
+def among_zeros_arguments(dtype, tokens=5, columns=96, bias=True, inner=48, weights: torch.dtype | None = None):
     """Layers 1 and 2 of 4 are the second and the fifth of a group of 6."""
     return (
-        randn(2, tokens, 48, dtype=dtype),
-        randn(4, 48, columns, dtype=dtype, scale=0.15),
+        randn(2, tokens, inner, dtype=dtype),
+        *quantized(randn(4, inner, columns, dtype=dtype, scale=0.15), weights),
         randn(4, columns, dtype=dtype) if bias else None,
         1,
         6,
         1,
         3,
+        columns,
     )
 
 
@@ -205,26 +282,47 @@ def among_zeros_arguments(dtype, tokens=5, columns=96, bias=True):
 def test_project_among_zeros(dtype, columns, bias):
     arguments = among_zeros_arguments(dtype, columns=columns, bias=bias)
     check_as_exact(OPERATORS.project_among_zeros.default, arguments)
-    out = OPERATORS.project_among_zeros(*arguments)
+    out = OPERATORS.project_among_zeros(*as_native(OPERATORS.project_among_zeros.default, arguments))
     assert [bool(layer.any()) for layer in out] == [False, True, False, False, True, False]
 
 
-def mlp_arguments(dtype, layers=2, tokens=5, width=80, bias=True, residual=True, hidden=96):
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("weights", QUANTIZED)
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("inner", [48, 51])
+def test_project_among_zeros_of_quantized_weights(of_cpu, dtype, weights, tokens, inner):
+    arguments = among_zeros_arguments(dtype, tokens=tokens, columns=70, inner=inner, weights=weights)
+    check_as_exact(OPERATORS.project_among_zeros.default, arguments)
+
+
+def mlp_arguments(
+    dtype, layers=2, tokens=5, width=80, bias=True, residual=True, hidden=96, weights: torch.dtype | None = None
+):
     """The layers from the third of 6 on."""
     return (
         randn(layers, tokens, hidden, dtype=dtype, scale=3),
         1 + randn(6, hidden, dtype=dtype, scale=0.3),
-        randn(6, hidden, 2 * width, dtype=dtype, scale=hidden**-0.5),
+        *quantized(randn(6, hidden, 2 * width, dtype=dtype, scale=hidden**-0.5), weights),
         randn(6, 2 * width, dtype=dtype) if bias else None,
-        randn(6, width, hidden, dtype=dtype, scale=width**-0.5),
+        *quantized(randn(6, width, hidden, dtype=dtype, scale=width**-0.5), weights),
         randn(tokens, hidden, dtype=dtype) if residual else None,
         2,
+        width,
         1e-6,
     )
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
-@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("weights", QUANTIZED)
+@pytest.mark.parametrize("tokens", [1, 3, 8, 70])
+@pytest.mark.parametrize(("layers", "width", "hidden"), [(1, 96, 96), (4, 80, 130), (3, 23, 77)])
+def test_sum_of_quantized_mlps(of_cpu, dtype, weights, tokens, layers, width, hidden):
+    arguments = mlp_arguments(dtype, layers=layers, tokens=tokens, width=width, hidden=hidden, weights=weights)
+    check_as_exact(OPERATORS.sum_of_mlps.default, arguments)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("tokens", [1, 3, 8, 70])
 @pytest.mark.parametrize(("layers", "width"), [(1, 96), (4, 80), (3, 23)])
 def test_sum_of_mlps(dtype, tokens, layers, width):
     arguments = mlp_arguments(dtype, layers=layers, tokens=tokens, width=width)
@@ -238,10 +336,10 @@ def test_sum_of_mlps_without(bias, residual):
 
 def test_gates_far_from_zero_saturate(of_cpu):
     """e^x is computed natively: a gate of -200 lets nothing through, one of 200 all, and none gives NaN."""
-    inputs, norms, gate_up, _, down, _, first, eps = mlp_arguments(F32, bias=False, residual=False)
+    inputs, norms, gate_up, *others = mlp_arguments(F32, bias=False, residual=False)
     for scale in (300.0, -300.0):
-        arguments = (inputs, norms, gate_up * scale, None, down, None, first, eps)
-        assert OPERATORS.sum_of_mlps(*arguments).isfinite().all()
+        arguments = (inputs, norms, gate_up * scale, *others)
+        assert OPERATORS.sum_of_mlps(*as_native(OPERATORS.sum_of_mlps.default, arguments)).isfinite().all()
         check_as_exact(OPERATORS.sum_of_mlps.default, arguments)
 
 
@@ -323,7 +421,7 @@ def test_results_do_not_depend_on_the_number_of_threads(of_cpu):
         results = []
         for count in (1, 3):
             torch.set_num_threads(count)
-            results.append([operator(*arguments) for operator, arguments in calls])
+            results.append([operator(*as_native(operator.default, arguments)) for operator, arguments in calls])
     finally:
         torch.set_num_threads(threads)
     for one, three in zip(*results, strict=True):
@@ -339,20 +437,23 @@ def test_results_do_not_depend_on_the_number_of_threads(of_cpu):
         ("rotate_and_store", rotate_arguments(F32)),
         ("rotate_and_store", rotate_arguments(F32, cache=True)),
         ("norm_and_project", project_arguments(F32)),
+        ("norm_and_project", project_arguments(F32, weights=torch.int8)),
         ("project_among_zeros", among_zeros_arguments(F32)),
         ("sum_of_mlps", mlp_arguments(F32)),
+        ("sum_of_mlps", mlp_arguments(F32, weights=torch.int8)),
         ("group_features", feature_arguments(F32)),
         ("look_ahead", look_ahead_arguments(F32)),
         ("look_ahead", look_ahead_arguments(F32, own=False, first=True)),
     ],
 )
 def test_schema_and_fake(operator, arguments):
-    torch.library.opcheck(getattr(OPERATORS, operator).default, arguments)
+    overload = getattr(OPERATORS, operator).default
+    torch.library.opcheck(overload, as_native(overload, arguments))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
-def test_long_passes_take_torchs_products(of_cpu, dtype):
-    """The native product is for few tokens."""
+def test_look_ahead_of_long_passes_takes_torchs_products(of_cpu, dtype):
+    """The native product of plain matrices is for few tokens."""
     few = ops.FEW_TOKENS[dtype]
     assert ops.is_short(torch.zeros(3, few, 8, dtype=dtype))
     assert not ops.is_short(torch.zeros(3, few + 1, 8, dtype=dtype))
@@ -375,12 +476,29 @@ def test_products_of_many_tokens(dtype, layers):
         (lambda: ops.group_rms_norm(randn(3, 8).double(), randn(2, 8).double(), 1e-6), "x is neither float32"),
         (lambda: ops.group_rms_norm(randn(3, 16)[:, ::2], randn(2, 8), 1e-6), "x is not contiguous"),
         (
-            lambda: ops.norm_and_project(randn(3, 8), randn(2, 8), randn(2, 8, 4), None, 1, 2, 1e-6),
+            lambda: ops.norm_and_project(randn(3, 8), randn(2, 8), pack(randn(2, 8, 4)), None, None, 1, 2, 4, 1e-6),
             "norms has 2 layers",
+        ),
+        (
+            lambda: OPERATORS.norm_and_project(randn(3, 8), randn(2, 8), randn(2, 8, 4), None, None, 0, 2, 4, 1e-6),
+            "weights is not packed",
+        ),
+        (
+            lambda: ops.norm_and_project(randn(3, 8), randn(2, 8), pack(randn(2, 8, 4)), None, None, 0, 2, 65, 1e-6),
+            "weights is not packed, or not for these sizes",
+        ),
+        (
+            lambda: ops.project_among_zeros(
+                randn(2, 3, 8), pack(randn(2, 8, 4).to(torch.int8)), None, None, 0, 2, 0, 1, 4
+            ),
+            "weights has scales without being quantized, or none",
         ),
         (lambda: ops.group_features(randn(3, 7), randn(3, 7), 1e-6), "even hidden"),
         (lambda: ops.group_features(randn(3, 8), randn(2, 8), 1e-6), "previous has 16 elements, not 24"),
-        (lambda: ops.project_among_zeros(randn(2, 3, 8), randn(2, 8, 4), None, 0, 4, 1, 3), "do not fit"),
+        (
+            lambda: ops.project_among_zeros(randn(2, 3, 8), pack(randn(2, 8, 4)), None, None, 0, 4, 1, 3, 4),
+            "do not fit",
+        ),
     ],
 )
 def test_native_refuses_what_it_would_misread(of_cpu, call, message):

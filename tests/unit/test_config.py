@@ -10,6 +10,7 @@ import yaml
 from pydantic import ValidationError
 from tiny_models import DRAFTER, easyspec
 from vllm.config import SpeculativeConfig
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 from vllm.v1.spec_decode.dynamic.utils import build_dynamic_sd_schedule_lookup
 
 from vllm_easyspec.config import (
@@ -23,6 +24,7 @@ from vllm_easyspec.config import (
 )
 from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.errors import ConfigError
+from vllm_easyspec.packing import QUANTIZATIONS
 
 PLAN = {"scope": "block", "plan": "1-4-4-1"}
 
@@ -350,6 +352,19 @@ def test_all_errors_come_at_once():
 def test_refused_fields_give_reason_and_remedy(name):
     with pytest.raises(ConfigError, match=f"^{name}=1 is not allowed with easyspec: .*Remove it"):
         EasySpecConfig.parse(easyspec(**{name: 1}))
+
+
+def test_quantization_is_one_of_vllms_online_methods():
+    for name in QUANTIZATIONS:
+        assert name in QUANTIZATION_METHODS
+        config = EasySpecConfig.parse(easyspec(quantization=name))
+        fields, options = config.to_vllm()
+        assert RuntimeOptions.from_json(options).quantization == name and "quantization" not in fields
+        assert EasySpecConfig.parse(config.to_dict()) == config
+    assert "quantization" not in EasySpecConfig.parse(easyspec()).to_vllm()[1]
+    message = "quantization='awq' is not allowed: .*'int8_per_channel_weight_only' or 'fp8_per_channel'.*leave it out"
+    with pytest.raises(ConfigError, match=message):
+        EasySpecConfig.parse(easyspec(quantization="awq"))
 
 
 def test_group_sizes_must_add_up_to_the_drafters_layers():

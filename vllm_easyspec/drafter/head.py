@@ -6,6 +6,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from vllm_easyspec.drafter.architectures import DrafterShape
+from vllm_easyspec.drafter.quantization import quantize_head
 from vllm_easyspec.drafter.vocabulary import DraftVocabulary
 
 
@@ -34,6 +35,11 @@ class DraftHead(nn.Module):
         """Take this rank's rows of the checkpoint's LM head, `[vocab, hidden]`."""
         rows = matrix if self.checkpoint_rows is None else matrix[list(self.checkpoint_rows)]
         self.lm_head.weight_loader(self.lm_head.weight, rows)
+
+    def quantize(self, quantization: str) -> None:
+        """Compute with quantized weights from now on, which the embedding doesn't share. After loading."""
+        quantize_head(self.lm_head, quantization)
+        self.is_embedding = False
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[tokens, hidden]` to `[tokens, vocab]`, on every rank; minus infinity for what can't be drafted."""

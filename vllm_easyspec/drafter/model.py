@@ -27,6 +27,7 @@ from vllm_easyspec.drafter.head import DraftHead
 from vllm_easyspec.drafter.paged_kv import DrafterAttention
 from vllm_easyspec.drafter.placement import LayerPlacement, MlpPlacement, choose_mlp
 from vllm_easyspec.drafter.plan import DraftPlan
+from vllm_easyspec.drafter.quantization import prepared
 from vllm_easyspec.drafter.weights import load_drafter_weights
 from vllm_easyspec.lookahead import GroupLookahead, LookaheadMaps
 from vllm_easyspec.metrics import PassCounters
@@ -40,6 +41,8 @@ from vllm_easyspec.ops import (
     sum_of_mlps,
 )
 from vllm_easyspec.support import draft_vocabulary
+
+MATRICES = ("wqkv", "wo", "w_gate_up", "w_down")  # of `LayerParallelDrafter`
 
 
 class Rotate(Protocol):
@@ -78,6 +81,11 @@ class LayerParallelDrafter(nn.Module):
 
     cos_sin: torch.Tensor  # [positions, rotary dim], as the rotary embedding holds them
     own_ids: torch.Tensor | None  # [vocab_size] int64: the id that the drafter reads for each of the target's
+    # Of quantized matrices, [layers, columns] float32.
+    wqkv_scales: torch.Tensor | None
+    wo_scales: torch.Tensor | None
+    w_gate_up_scales: torch.Tensor | None
+    w_down_scales: torch.Tensor | None
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
@@ -89,6 +97,7 @@ class LayerParallelDrafter(nn.Module):
         self.placement = LayerPlacement(shape.num_layers, self.num_ranks)
         self.local_layers = self.placement.layers_of(self.rank)
         self.dtype = vllm_config.model_config.dtype
+        self.quantization = options.quantization
         device_type = vllm_config.device_config.device_type
         self.mlp = choose_mlp(options.layer_parallel.mlp, shape, self.num_ranks, self.dtype.itemsize, device_type)
         self.counters = PassCounters()
@@ -147,6 +156,18 @@ class LayerParallelDrafter(nn.Module):
         self.b_gate_up = weight(all_layers, 2 * width) if shape.mlp_bias else None
         self.b_down = weight(all_layers, hidden) if shape.mlp_bias else None
         self.final_norm = weight(hidden)
+        for name in MATRICES:
+            self.register_parameter(f"{name}_scales", None)
+
+    def prepare_weights(self) -> None:
+        """After loading: the matrices as products read them, see `packing.py`."""
+        for name in MATRICES:
+            weights, scales = prepared(getattr(self, name).data, self.quantization, 2 if name == "w_gate_up" else 1)
+            setattr(self, name, nn.Parameter(weights, requires_grad=False))
+            if scales is not None:
+                setattr(self, f"{name}_scales", nn.Parameter(scales, requires_grad=False))
+        if self.quantization is not None:
+            self.head.quantize(self.quantization)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         return load_drafter_weights(self, weights)
@@ -216,14 +237,24 @@ class LayerParallelDrafter(nn.Module):
             return self._all_reduce_attention(x.new_zeros(len(group), tokens, x.shape[1]))
         inputs = x if ahead is None else ahead.attention_inputs(count)
         qkv = norm_and_project(
-            inputs, self.attention_norms, self.wqkv, self.bqkv, mine.start, count, self.shape.rms_norm_eps
+            inputs,
+            self.attention_norms,
+            self.wqkv,
+            self.wqkv_scales,
+            self.bqkv,
+            mine.start,
+            count,
+            self.shape.q_size + 2 * self.shape.kv_size,
+            self.shape.rms_norm_eps,
         )
         heads = qkv.unflatten(-1, (-1, self.shape.head_dim))
         mixed = attention.attend(mine, heads, self._rotate).view(count, tokens, self.shape.q_size)
         self.counters.cache_writes += 1
         self.counters.attention_calls += 1
         offset = self.local_layers[mine.start] - group.start
-        outputs = project_among_zeros(mixed, self.wo, self.bo, mine.start, len(group), offset, self.num_ranks)
+        outputs = project_among_zeros(
+            mixed, self.wo, self.wo_scales, self.bo, mine.start, len(group), offset, self.num_ranks, x.shape[1]
+        )
         return outputs if self.num_ranks == 1 else self._all_reduce_attention(outputs)
 
     def _rotate(
@@ -260,10 +291,13 @@ class LayerParallelDrafter(nn.Module):
             inputs,
             self.mlp_norms,
             self.w_gate_up,
+            self.w_gate_up_scales,
             self.b_gate_up,
             self.w_down,
+            self.w_down_scales,
             None if tensor_parallel else residual,
             layers.start,
+            len(self.mlp_shard),
             self.shape.rms_norm_eps,
         )
         if tensor_parallel:

@@ -1,5 +1,7 @@
 """Which product of few tokens a GPU takes: the project's own operators or torch's, measured where it serves.
 
+On a CPU one way serves all sizes, packed weights in native operators, and nothing is measured.
+
 Own operators read the weights with the norm in front of them and what follows in one launch; torch's need three to five
 launches, each of which may read faster. What wins depends on the GPU, the widths and the number of tokens, so a second
 at start decides: each operator goes through all of this rank's layers in a CUDA graph, both ways, one layer at a time
@@ -98,13 +100,17 @@ def _calls(model: Any, at_once: int, tokens: int) -> dict[str, tuple[int, Call]]
     mixed = torch.randn(at_once, tokens, shape.q_size, dtype=model.dtype, device=model.wqkv.device)
 
     def project(way: Callable[..., Any], first: int) -> Any:
-        return way(x[0], model.attention_norms, model.wqkv, model.bqkv, first, at_once, eps)
+        columns = shape.q_size + 2 * shape.kv_size
+        norms, weights, scales = model.attention_norms, model.wqkv, model.wqkv_scales
+        return way(x[0], norms, weights, scales, model.bqkv, first, at_once, columns, eps)
 
     def among_zeros(way: Callable[..., Any], first: int) -> Any:
-        return way(mixed, model.wo, model.bo, first, at_once, 0, 1)
+        return way(mixed, model.wo, model.wo_scales, model.bo, first, at_once, 0, 1, shape.hidden_size)
 
     def mlps(way: Callable[..., Any], first: int) -> Any:
-        return way(x, model.mlp_norms, model.w_gate_up, model.b_gate_up, model.w_down, x[0], first, eps)
+        into = (model.w_gate_up, model.w_gate_up_scales, model.b_gate_up)
+        out_of = (model.w_down, model.w_down_scales)
+        return way(x, model.mlp_norms, *into, *out_of, x[0], first, len(model.mlp_shard), eps)
 
     local, all_layers = model.wqkv.shape[0], model.w_down.shape[0]
     return {
