@@ -15,9 +15,10 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm_easyspec.metrics import DraftStatistics
+if TYPE_CHECKING:
+    from vllm_easyspec.metrics import DraftStatistics
 
 FOLDER = "EASYSPEC_ROUND_REPORTS"  # of the environment: a folder with a socket for each engine
 SECONDS = 1.0  # between two reports
@@ -49,7 +50,7 @@ class RoundReporter:
         self.due = time.monotonic() + SECONDS
         self.counted: Counter[Any] = Counter()  # at the last report
 
-    def after_round(self, statistics: DraftStatistics) -> None:
+    def after_round(self, statistics: "DraftStatistics") -> None:
         """Report what has happened since the last report, if that is long enough ago."""
         now = time.monotonic()
         if now < self.due or self.address is None:
@@ -59,7 +60,7 @@ class RoundReporter:
         with contextlib.suppress(OSError):  # no reader, or one that is too slow
             self.socket.sendto(report, self.address)
 
-    def _new(self, statistics: DraftStatistics) -> dict[str, Any]:
+    def _new(self, statistics: "DraftStatistics") -> dict[str, Any]:
         counts: Counter[Any] = Counter({name: getattr(statistics, name) for name in COUNTERS})
         counts.update(statistics.rounds_by_plan)
         # Counts that went down were reset by `easyspec_stats`.

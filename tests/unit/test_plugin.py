@@ -27,6 +27,7 @@ IMPORTED_EVERYWHERE = {
     "vllm_easyspec.drafter.plan",
     "vllm_easyspec.errors",
     "vllm_easyspec.last_words",
+    "vllm_easyspec.round_reports",
     "vllm_easyspec.drafter.vocabulary",
     "vllm_easyspec.drafter.architectures",
 }
