@@ -1,7 +1,7 @@
-"""The drafter's own operators: in plain torch, and natively (csrc/) where the package was built with a compiler.
+"""The drafter's own operators: in plain torch, and natively (csrc/) if the package was built with a compiler.
 
-Each operator `torch.ops.vllm_easyspec.<name>` has its schema and its reference here. Where the native library is there,
-its kernels stand in for the references on the devices that it was built for; where it is not, one warning says why.
+Each operator `torch.ops.vllm_easyspec.<name>` has its schema and its reference here. If there is a native library, its
+kernels replace the references on the devices that it was built for; otherwise one warning says why there is none.
 """
 
 import platform
@@ -24,11 +24,11 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 REFERENCES: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 
 
-# A pass of at most so many tokens takes its look-ahead maps on a CPU in one native operator; torch's products of
-# bfloat16 have instructions that it lacks. Measured by benchmarks/operators.py, see docs/experiments.md; float16 is
-# taken to be like bfloat16.
+# Up to this many tokens look-ahead maps run in one native operator on a CPU; in bfloat16 torch's products use
+# instructions that it lacks. Measured by benchmarks/operators.py (docs/results.md); float16 is assumed to be like
+# bfloat16.
 FEW_TOKENS = {torch.float32: 64, torch.bfloat16: 4, torch.float16: 4}
-# And a sublayer's dense work on a GPU, in bfloat16: csrc/skinny_product.h's bound.
+# The same for a sublayer's matrix products on a GPU, in bfloat16: the limit of csrc/skinny_product.h.
 FEW_TOKENS_CUDA = 16
 
 
@@ -46,8 +46,8 @@ def is_short(x: torch.Tensor) -> bool:
 
 # Operators on a drafter's stacked weights: a CPU's are native where the weights are packed.
 STACKED_PRODUCTS = ("norm_and_project", "project_among_zeros", "sum_of_mlps")
-# What a GPU leaves to torch's products, since they were faster there (drafter/products.py): an operator's name, whether
-# it serves several layers at once, and up to how many tokens, a power of two.
+# The cases in which torch's products were measured to be faster on this GPU (drafter/products.py): an operator's name,
+# whether it is called for several layers at once, and the number of tokens, rounded up to a power of two.
 TORCHS_PRODUCTS: set[tuple[str, bool, int]] = set()
 
 
@@ -70,7 +70,7 @@ def is_chosen(name: str, arguments: tuple[Any, ...]) -> bool:
 
 
 def arguments(*args: Any) -> tuple[Any, ...]:
-    """What an operator was called with, in place of calling it."""
+    """The arguments of a call, in place of calling an operator."""
     return args
 
 
@@ -81,7 +81,7 @@ def reference_of(name: str) -> Callable[..., Any]:
 
 @lru_cache
 def _has_clusters(device: torch.device) -> bool:
-    """Whether this GPU has what the skinny product shares its work by: Hopper and newer."""
+    """Whether this GPU has clusters of blocks, which the skinny product needs: Hopper and newer."""
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
@@ -100,8 +100,8 @@ def _are_vectors(arguments: tuple[Any, ...]) -> bool:
 def products(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Each layer's own product: `[layers, tokens, inner]` with `[layers, inner, columns]`.
 
-    Of float32 on a CPU torch's matmul is MKL's, which on AMD's processors takes twice as long as oneDNN's for many
-    tokens; torch has that under the name that its compiler calls.
+    In float32 on a CPU torch's matmul is MKL's, which for many tokens is slower than oneDNN's on AMD processors; torch
+    has oneDNN's under the name that its compiler calls.
     """
     is_long = x.device.type == "cpu" and x.dtype is torch.float32 and x.shape[-2] > FEW_TOKENS[x.dtype]
     if not is_long or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
@@ -225,7 +225,7 @@ def calibration_inputs(
     vocab_size: int,
     write: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What a calibration pass reads and where it writes, from what the target read and how much of it stands.
+    """The inputs of a calibration pass, from what the target read and how much of it is kept.
 
     read: `[tokens] int32`, what the target read; query_starts, start_positions, num_valid, newest: `[reqs] int64`;
     sampled: `[reqs] bool`; block_table: `[at least reqs, width] int32`, its rows contiguous (these as in `DraftBatch`);
@@ -276,7 +276,7 @@ def _fake_group_rms_norm(x: torch.Tensor, weights: torch.Tensor, eps: float) -> 
 
 @_operator("group_rms_norm(Tensor x, Tensor weights, float eps) -> Tensor", fake=_fake_group_rms_norm)
 def group_rms_norm(x: torch.Tensor, weights: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMSNorm of one input, or of one input a layer, by the weights of `G` layers.
+    """RMSNorm of one input, or of one input per layer, with the weights of `G` layers.
 
     x: `[tokens, hidden]` shared by all layers (the variance is taken once), or `[G, tokens, hidden]`;
     weights: `[G, hidden]`. Returns `[G, tokens, hidden]` in x's dtype.
@@ -450,10 +450,11 @@ def _rows(tensor: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
     fake=lambda h, previous, eps: h.new_empty(h.shape[0], 4 * h.shape[1]),
 )
 def group_features(h: torch.Tensor, previous: torch.Tensor, eps: float) -> torch.Tensor:
-    """What all look-ahead maps of a group read: h, previous `[tokens, hidden]`, hidden even, to `[tokens, 4 * hidden]`.
+    """The features of a group's look-ahead maps: h, previous `[tokens, hidden]`, hidden even, to `[tokens, 4 *
+    hidden]`.
 
     With `u = h / rms(h)` and its halves `a` and `b`: `[u, |u|, |a + b|, |a - b|, previous]`. An affine map of these
-    bends where a number of u, or a pair of them, changes its sign.
+    can change its slope where an element of u, or the sum or difference of two, changes its sign.
     """
     u = F.rms_norm(h, h.shape[-1:], None, eps)
     a, b = u.chunk(2, dim=-1)
@@ -476,7 +477,8 @@ def look_ahead(
     first: bool,
     eps: float,
 ) -> torch.Tensor:
-    """What `count` layers of a group read in place of x: `x + features @ down @ up + bias`, `[count, tokens, hidden]`.
+    """The inputs of `count` layers of a group, in place of x: `x + features @ down @ up + bias`, `[count, tokens,
+    hidden]`.
 
     known: `[tokens, known]`, of `group_features`; x: `[tokens, hidden]`, where these are the features, or `[count,
     tokens, hidden]`, with `x / rms(x)` after them; down: `[layers, features, rank]`; up: `[layers, rank, hidden]`;
@@ -529,7 +531,7 @@ def _load_native() -> str | None:
     if platform.machine() == "x86_64" and capability == "DEFAULT":
         return "this processor has no AVX2"
     on_gpu = torch.version.cuda or torch.version.hip
-    # Where there are GPUs one build holds everything; a wider one may lie about from before.
+    # With a GPU one build contains everything; an AVX-512 build may be left over.
     names = ["_native_avx512", "_native"] if capability == "AVX512" and not on_gpu else ["_native"]
     built = [path for name in names for path in Path(__file__).parent.glob(f"{name}.*so")]
     if not built:

@@ -1,29 +1,29 @@
-"""Weights of several layers as products read them: packed for a CPU's, quantized where that is asked for.
+"""Weights of several layers in the form that matrix products read: packed on a CPU, quantized if asked for.
 
 A checkpoint is loaded into stacks `[layers, inner, columns]`. With few tokens a CPU's products are bound by reading
-them, and memory is read fast in the order in which it lies, so the native operators take them tile by tile:
+them, and memory is read fastest in order, so the native operators read them tile by tile:
 
     [layers, tiles, steps, 64, abreast]
 
-with 64 columns a tile and `abreast` neighbouring inner indices a step, 1 of float32 and 2 of smaller numbers; missing
-columns and inner indices are zeros. 8-bit numbers are a sign and a magnitude, in the order that csrc/packed_matmul.h
-says. `unpack` undoes all that, for the references.
+with 64 columns per tile and `abreast` neighbouring inner indices per step: 1 for float32, 2 for smaller types. Missing
+columns and inner indices are zeros. 8-bit numbers are a sign and a magnitude, in the order of csrc/packed_matmul.h.
+`unpack` reverses this, for the references.
 """
 
 import torch
 
 TILE = 64
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # what a column's largest weight becomes
-# vLLM's names of the online methods that a drafter may take, and the dtype that its weights are kept in.
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # the largest weight of a column is scaled to this
+# vLLM's names of the online quantization methods for a drafter, and the dtype of its weights.
 QUANTIZATIONS = {"int8_per_channel_weight_only": torch.int8, "fp8_per_channel": torch.float8_e4m3fn}
 
 
 def quantize(weights: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """`[layers, inner, columns]` to the same in `dtype`, and a scale a column, `[layers, columns] float32`."""
+    """`[layers, inner, columns]` to the same in `dtype`, and a scale per column, `[layers, columns] float32`."""
     largest = LARGEST[dtype]
     codes = torch.empty_like(weights, dtype=dtype)
     scales = (weights.abs().amax(dim=1).float() / largest).clamp_(min=torch.finfo(torch.float32).tiny)
-    for layer, code, scale in zip(weights, codes, scales, strict=True):  # one at a time: memory
+    for layer, code, scale in zip(weights, codes, scales, strict=True):  # one at a time, to save memory
         scaled = layer.float() / scale
         code.copy_((scaled.round_() if dtype is torch.int8 else scaled).clamp_(-largest, largest))
     return codes, scales
@@ -40,9 +40,9 @@ def is_packed(weights: torch.Tensor) -> bool:
 
 
 def pack(weights: torch.Tensor, parts: int = 1) -> torch.Tensor:
-    """`[layers, inner, columns]` as the native operators of a CPU read it.
+    """`[layers, inner, columns]` packed for the native operators of a CPU.
 
-    parts: 2 for gates and what they gate, whose tiles take turns.
+    parts: 2 for gates and values, whose tiles alternate.
     """
     dtype, abreast = weights.dtype, 1 if weights.dtype is torch.float32 else 2
     if weights.dtype is torch.int8:
@@ -75,7 +75,7 @@ def unpack(packed: torch.Tensor, inner: int, columns: int, parts: int = 1) -> to
 
 
 def _interleave(packed: torch.Tensor, back: bool = False) -> torch.Tensor:
-    """Of 32 columns' bytes, the first and the last 16 columns' take turns, 8 bytes each."""
+    """Alternate the bytes of the first and the last 16 of 32 columns, 8 bytes each."""
     halves = (4, 2) if back else (2, 4)
     return packed.view(packed.numel() // 64, *halves, 8).transpose(1, 2).reshape(packed.shape)
 

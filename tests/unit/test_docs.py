@@ -1,6 +1,7 @@
 """The documentation: links resolve, files that it names exist, and the README stays on one page."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,25 @@ def test_named_files_exist(page):
     placeholders = ("NAME", "PART")
     missing = [path for path in named if not (ROOT / path).exists() and not any(part in path for part in placeholders)]
     assert not missing
+
+
+def test_modules_are_in_the_architecture():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    folders = [ROOT / "vllm_easyspec", ROOT / "vllm_easyspec" / "drafter"]
+    modules = [path.name for folder in folders for path in folder.glob("*.py") if path.stem != "__init__"]
+    assert not [name for name in modules if f"`{name}`" not in text and f"/{name}`" not in text]
+
+
+def test_result_files_and_results_name_each_other():
+    text = (ROOT / "docs" / "results.md").read_text()
+    listed = subprocess.run(
+        ["git", "ls-files", "benchmarks/results"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    kept = {Path(path).name for path in listed.stdout.split()}
+    named = set(re.findall(r"`([\w-]+\.json)`|results/([\w-]+\.json)", text))
+    assert {one or other for one, other in named} == kept
 
 
 def test_readme_is_one_page():

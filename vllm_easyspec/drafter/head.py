@@ -1,4 +1,4 @@
-"""`DraftHead`: the rows of the LM head that may be drafted, and the way from a row back to its token."""
+"""`DraftHead`: the rows of the LM head for tokens that may be drafted, and the token of each row."""
 
 import torch
 from torch import nn
@@ -11,14 +11,15 @@ from vllm_easyspec.drafter.vocabulary import DraftVocabulary
 
 
 class DraftHead(nn.Module):
-    """Rows are cut evenly over the ranks; the product is that of `lm_head.quant_method`, as everywhere in vLLM."""
+    """Rows are sharded evenly over the ranks; the matrix product is that of `lm_head.quant_method`, as elsewhere in
+    vLLM."""
 
-    tokens: torch.Tensor | None  # [rows] int64, ascending: the token of each row; None where row and token are one
+    tokens: torch.Tensor | None  # [rows] int64, ascending: the token of each row; None if row i is token i
 
     def __init__(
         self, shape: DrafterShape, embedding: VocabParallelEmbedding, vocabulary: DraftVocabulary | None, prefix: str
     ):
-        """vocabulary: None for all tokens, whose rows are then the embedding's where the drafter ties the two."""
+        """vocabulary: None for all tokens; their rows are then the embedding's if the drafter ties the two."""
         super().__init__()
         rows = shape.vocab_size if vocabulary is None else len(vocabulary.ids)
         self.vocab_size = shape.vocab_size if vocabulary is None else vocabulary.size

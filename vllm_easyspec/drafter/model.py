@@ -1,8 +1,8 @@
 """`LayerParallelDrafter`: the drafter's forward pass under any plan, both scopes, on any number of ranks.
 
-Every rank holds whole attentions of its own layers (`LayerPlacement`), stacked, so that a group's share of a rank is a
+Every rank holds the whole attentions of its own layers (`LayerPlacement`), stacked, so that its share of a group is a
 slice; the MLPs of all layers, sharded or replicated; and a shard of the embedding and the LM head. Hidden states are
-the same bits on every rank: whatever differs between ranks passes through a collective whose result all ranks take.
+bitwise equal on all ranks: whatever differs between ranks goes through a collective whose result all ranks use.
 """
 
 import copy
@@ -56,7 +56,7 @@ class Rotate(Protocol):
         cache: torch.Tensor | None = None,
         slots: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Rotate `qkv` in place, and write keys and values to `slots` of the pages `cache` where these are given.
+        """Rotate `qkv` in place, and write keys and values to `slots` of the pages `cache` if these are given.
 
         qkv: `[layers, tokens, heads + 2 kv_heads, head_dim]`; positions, slots: `[layers * tokens] int64`. Returns q, k
         and v, each `[layers * tokens, heads, head_dim]`.
@@ -65,7 +65,7 @@ class Rotate(Protocol):
 
 
 class Attend(Protocol):
-    """One pass's attention over the K/V of this rank's layers. It knows where the pass's tokens lie."""
+    """One pass's attention over the K/V of this rank's layers, at the positions and slots of the pass's tokens."""
 
     def attend(self, layers: slice, qkv: torch.Tensor, rotate: Rotate) -> torch.Tensor:
         """Rotate queries and keys at the pass's positions, store keys and values, attend.
@@ -102,7 +102,7 @@ class LayerParallelDrafter(nn.Module):
         self.mlp = choose_mlp(options.layer_parallel.mlp, shape, self.num_ranks, self.dtype.itemsize, device_type)
         self.counters = PassCounters()
         self.lookahead: LookaheadMaps | None = None
-        # Called with each group, its input and its attentions' outputs, `[group, tokens, hidden]`: for fitting maps.
+        # For fitting maps: called with each group, its input and its attentions' outputs, `[group, tokens, hidden]`.
         self.observer: Callable[[range, torch.Tensor, torch.Tensor], None] | None = None
 
         self.embed_tokens = VocabParallelEmbedding(shape.vocab_size, shape.hidden_size, prefix=f"{prefix}.embed_tokens")
@@ -118,7 +118,7 @@ class LayerParallelDrafter(nn.Module):
         )
         self.register_buffer("cos_sin", self.rotary.cos_sin_cache.to(self.dtype), persistent=False)
         cache_config = copy.copy(vllm_config.cache_config)
-        cache_config.sliding_window = None  # a layer without a window of its own would take this one, the target's
+        cache_config.sliding_window = None  # otherwise a layer without a window would use the target's
         self.attention = nn.ModuleList(
             DrafterAttention(
                 shape.num_heads,
@@ -182,7 +182,7 @@ class LayerParallelDrafter(nn.Module):
         """Final hidden states `[tokens, hidden]` of `input_ids` (`[tokens]`), its K/V stored by `attention`.
 
         The precise plan is the ordinary forward pass. previous: the final hidden states `[tokens, hidden]` of the
-        tokens before; given, groups take the look-ahead maps.
+        tokens before; if given, groups use the look-ahead maps.
         """
         self.counters.passes += 1
         x = self._embed(input_ids)
@@ -206,7 +206,7 @@ class LayerParallelDrafter(nn.Module):
             input_ids = self.own_ids[input_ids]
         if self.num_ranks == 1 or input_ids.device.type != "cpu":
             return self.embed_tokens(input_ids)
-        # vLLM's own takes ten small operators on a CPU.
+        # On a CPU vLLM's own embedding takes ten small operators.
         shard = self.embed_tokens.shard_indices
         first, end = shard.org_vocab_start_index, shard.org_vocab_end_index
         return tensor_model_parallel_all_reduce(embed_shard(input_ids, self.embed_tokens.weight, first, end - first))
@@ -220,7 +220,7 @@ class LayerParallelDrafter(nn.Module):
         return self.head.top_tokens(hidden)
 
     def largest_share(self, plan: DraftPlan) -> int:
-        """Layers of one group that live on this rank, at most."""
+        """The most layers of one group that are on this rank."""
         shares = (self.placement.local_slice(self.rank, group) for group in plan.groups)
         return max(share.stop - share.start for share in shares)
 
@@ -229,7 +229,7 @@ class LayerParallelDrafter(nn.Module):
     ) -> torch.Tensor:
         """All attentions of a group on one input: `[tokens, hidden]` to `[group, tokens, hidden]`, on every rank.
 
-        ahead: the group's look-ahead maps, which give each attention an input of its own.
+        ahead: the group's look-ahead maps, which give each attention its own input.
         """
         mine = self.placement.local_slice(self.rank, group)
         count, tokens = mine.stop - mine.start, x.shape[0]
@@ -306,12 +306,12 @@ class LayerParallelDrafter(nn.Module):
         return total if self.b_down is None else total + self.b_down[layers.start : layers.stop].sum(0)
 
     def _all_reduce_attention(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Every rank fills the rows of its own layers; adding zeros is exact, so all ranks get the owners' bits."""
+        """Every rank fills in its own layers; adding zeros is exact, so all ranks get the owner's bits."""
         self.counters.attention_collectives += 1
         return tensor_model_parallel_all_reduce(outputs)
 
     def _sum_over_ranks(self, part: torch.Tensor) -> torch.Tensor:
-        """The sum of every rank's part, the same bits on all of them."""
+        """The sum of all ranks' parts, bitwise equal on all ranks."""
         if part.device.type == "cpu" and self.num_ranks > 2:
             # vLLM's all-reduce in shared memory (csrc/cpu/shm.cpp) starts each rank's sum with that rank's own part.
             return tensor_model_parallel_all_gather(part.unsqueeze(0), dim=0).sum(0)

@@ -1,7 +1,7 @@
-"""A drafter's matrices after loading: quantized where that is asked for, and packed where native products read them.
+"""A drafter's matrices after loading: quantized if asked for, and packed if native products read them.
 
-Weights alone are quantized, a scale a column (an output channel); activations keep the drafter's dtype. The embedding
-keeps it too: a pass reads a few of its rows. The LM head is quantized, with a copy of its own where it is tied to it.
+Only weights are quantized, with a scale per column (output channel); activations keep the drafter's dtype. So does the
+embedding, of which a pass reads only a few rows. The LM head is quantized, in a copy if it is tied to the embedding.
 """
 
 from typing import Any
@@ -38,7 +38,7 @@ def prepared(
 
 
 def quantize_head(head: ParallelLMHead, quantization: str) -> None:
-    """Have the LM head, loaded, compute with weights of its own, quantized."""
+    """Give the loaded LM head quantized weights of its own."""
     tokens = head.weight.shape[0]
     weights, scales = prepared(head.weight.data.t().unsqueeze(0), quantization)
     assert scales is not None
