@@ -71,7 +71,7 @@ def native(name: str, *flags: str) -> Extension:
     return Extension(name, [], depends=sources, extra_compile_args=list(flags), optional=optional, py_limited_api=True)
 
 
-# ops.py chooses by processor. With CUDA few CPU kernels matter, so one build is enough.
+# ops/native.py chooses by processor. With CUDA few CPU kernels matter, so one build is enough.
 if platform.machine() == "x86_64":
     extensions = [native("vllm_easyspec._native", "-march=x86-64-v3")]
     if nvcc(torch_folder()) is None:

@@ -97,9 +97,16 @@ def diagnose(
         *_rank_lines(shape, placement, mlp, itemsize, len(drafted.ids) if drafted else 0),
         f"vocabulary  {vocabulary}",
         *_drafted_lines(drafted, prompts),
+        f"operators   {_operators()}",
         f"versions    vllm {version} ({Support.of(version).value}), torch {installed('torch')}, "
         f"python {platform.python_version()}, vllm-easyspec {installed('vllm-easyspec')}",
     ]
+
+
+def _operators() -> str:
+    from vllm_easyspec.ops import WHY_NOT_NATIVE
+
+    return "native" if WHY_NOT_NATIVE is None else f"in plain torch, slower, since {WHY_NOT_NATIVE}"
 
 
 def _plan_lines(plans: PlanTable, config: EasySpecConfig) -> Iterator[str]:

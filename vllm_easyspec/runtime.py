@@ -27,6 +27,7 @@ from vllm_easyspec.errors import ConfigError
 from vllm_easyspec.graphs import DraftGraph, DraftGraphs
 from vllm_easyspec.lookahead import LookaheadFile, LookaheadMaps, checkpoint_folder
 from vllm_easyspec.metrics import DraftStatistics
+from vllm_easyspec.ops import warn_without
 from vllm_easyspec.plugin import DRAFTER_ARCHITECTURE
 from vllm_easyspec.settings import DraftSettings, LiveSettings
 from vllm_easyspec.support import check_attention_backend
@@ -177,6 +178,7 @@ def load_drafter(
 
     Raises `ConfigError` where the drafter can't use the attention backend that vLLM gave it, or maps aren't its own.
     """
+    warn_without()
     model = get_model(vllm_config=config, prefix="draft_model", load_config=load_config)
     for layer in model.attention:
         check_attention_backend(layer.attn_backend.get_name(), options.grouped_attention)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vllm_easyspec import ops
+from vllm_easyspec.ops import choice, layers
 from vllm_easyspec.packing import dequantized, is_packed, pack, quantize, unpack
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -51,11 +52,11 @@ def check_as_exact(operator, arguments):
     if (
         operator in PRODUCTS
         and arguments[0].is_cuda
-        and not (ops.is_short(arguments[0]) and ops._are_vectors(arguments))
+        and not (ops.is_short(arguments[0]) and choice._are_vectors(arguments))
     ):
         pytest.skip("torch's products serve it")
     reference = ops.REFERENCES[operator]
-    with patch.object(ops, "group_rms_norm", ops.REFERENCES[OPERATORS.group_rms_norm.default]):
+    with patch.object(layers, "group_rms_norm", ops.REFERENCES[OPERATORS.group_rms_norm.default]):
         native = as_native(operator, arguments)
         got, plain, exact = operator(*native), reference(*arguments), reference(*in_float64(arguments))
     assert got.shape == exact.shape and got.dtype == arguments[0].dtype and got.is_contiguous()
