@@ -1,6 +1,7 @@
+#include "packed_matmul.h"
+
 #include <type_traits>
 
-#include "packed_matmul.h"
 #include "skinny_matmul.h"
 
 namespace easyspec {
