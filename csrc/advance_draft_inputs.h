@@ -1,4 +1,4 @@
-// The inputs of the next draft step, from the drafts of the last one. See vllm_easyspec/ops.py.
+// The inputs of the next draft step, from the drafts of the last one. See vllm_easyspec/ops/.
 #pragma once
 
 #include <cstdint>

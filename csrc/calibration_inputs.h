@@ -1,4 +1,4 @@
-// The inputs of a calibration pass: tokens, positions, cache slots, lengths. See vllm_easyspec/ops.py.
+// The inputs of a calibration pass: tokens, positions, cache slots, lengths. See vllm_easyspec/ops/.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The features that all look-ahead maps of a group read. See vllm_easyspec/ops.py.
+// The features that all look-ahead maps of a group read. See vllm_easyspec/ops/.
 #pragma once
 
 #include "group_rms_norm.h"

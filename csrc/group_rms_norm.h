@@ -1,4 +1,4 @@
-// RMSNorm of one input, or one per layer, with the weights of several layers. See vllm_easyspec/ops.py.
+// RMSNorm of one input, or one per layer, with the weights of several layers. See vllm_easyspec/ops/.
 #pragma once
 
 #include <cmath>

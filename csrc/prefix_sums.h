@@ -1,5 +1,5 @@
 // The inputs of several layers' MLPs: the group's input plus the attention outputs up to the layer's own. See
-// vllm_easyspec/ops.py.
+// vllm_easyspec/ops/.
 #pragma once
 
 #include "lanes.h"

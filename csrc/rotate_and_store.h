@@ -1,5 +1,5 @@
 // Head norms, rotary embedding and the paged cache write of a group's queries, keys and values. See
-// vllm_easyspec/ops.py.
+// vllm_easyspec/ops/.
 #pragma once
 
 #include "group_rms_norm.h"
