@@ -37,11 +37,15 @@ TARGET_CHANGES = dict(  # Qwen2.5 3B
 )
 DRAFTS, ACCEPTANCE_LENGTH = 5, 4.0
 INPUT_TOKENS, OUTPUT_TOKENS = 64, 32
-# What each arm of easyspec adds to the configuration, and the bytes that it reads of a weight.
-ARMS: dict[str, tuple[dict[str, Any], int]] = {
-    "precise": ({"layer_parallel": {"group_size": 1}}, 2),
-    "easyspec": ({}, 2),
-    "paused": ({"num_speculative_tokens_per_batch_size": [[1, 64, 0]]}, 2),  # K = 0
+INT8 = {"quantization": "int8_per_channel_weight_only"}
+VOCABULARY = 32_768
+# What each arm of easyspec adds to the configuration.
+ARMS: dict[str, dict[str, Any]] = {
+    "precise": {"layer_parallel": {"group_size": 1}},
+    "easyspec": {},
+    "int8": INT8,
+    "int8 and vocabulary": INT8 | {"draft_vocabulary": VOCABULARY},
+    "K = 0": {"num_speculative_tokens_per_batch_size": [[1, 64, 0]]},
 }
 
 
@@ -55,14 +59,18 @@ def model_folder(changes: dict[str, Any]) -> str:
     return str(folder)
 
 
-def rank_bytes(folder: str, ranks: int, weight_bytes: int) -> int:
-    """What a rank reads of the drafter in a step: its share of the layers and of the LM head."""
+def rank_bytes(folder: str, ranks: int, changes: dict[str, Any]) -> int:
+    """What a rank reads of the drafter in a step: its share of the layers and of the LM head.
+
+    changes: of an arm.
+    """
     from transformers import AutoConfig
 
     shape = DrafterShape.from_hf_config(AutoConfig.from_pretrained(folder))
     hidden, attention = shape.hidden_size, 2 * shape.q_size + 2 * shape.kv_size
     layer = hidden * attention + 3 * hidden * shape.intermediate_size
-    return (shape.num_layers * layer + hidden * shape.vocab_size) * weight_bytes // ranks
+    numbers = shape.num_layers * layer + hidden * changes.get("draft_vocabulary", shape.vocab_size)
+    return numbers * (1 if "quantization" in changes else 2) // ranks
 
 
 def _bandwidth() -> float:
@@ -86,7 +94,7 @@ def main() -> None:
     synthetic = dict(rejection_sample_method="synthetic", synthetic_acceptance_length=ACCEPTANCE_LENGTH)
     drafting = dict(model=drafter, num_speculative_tokens=DRAFTS) | synthetic
     configs = {"none": None, "draft_model": drafting | {"method": "draft_model"}}
-    configs |= {name: drafting | {"method": "easyspec"} | changes for name, (changes, _) in ARMS.items()}
+    configs |= {name: drafting | {"method": "easyspec"} | changes for name, changes in ARMS.items()}
     configs = {name: configs[name] for name in args.arms.split(",")}
 
     levels = [int(level) for level in args.concurrency.split(",")]
@@ -112,8 +120,8 @@ def main() -> None:
     measured = engine.run(target, configs, workload, arguments, args.turns, keep, say)
     bandwidths.append(min(run_ranks(args.ranks, _bandwidth)))
     for row in measured["rows"]:
-        if row["draft_ms"] is not None:
-            bytes_read = DRAFTS * rank_bytes(drafter, args.ranks, ARMS.get(row["arm"], ({}, 2))[1])
+        if row["draft_ms"] is not None and row["arm"] != "K = 0":
+            bytes_read = DRAFTS * rank_bytes(drafter, args.ranks, ARMS.get(row["arm"], {}))
             row["drafter_gb_per_s"] = round(bytes_read / row["draft_ms"] / 1e6, 2)
             row["share_of_floor"] = round(1e3 * bytes_read / median(bandwidths) / row["draft_ms"], 3)
     keep(measured)

@@ -6,6 +6,7 @@ from typing import Any
 from vllm_easyspec.bench import BenchmarkError, engine, plot, results
 from vllm_easyspec.bench.draft_step import ROOM, measure
 from vllm_easyspec.bench.options import DraftStepOptions, EngineOptions
+from vllm_easyspec.config import RuntimeOptions
 from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.options import as_json
 from vllm_easyspec.support import read_drafter
@@ -33,9 +34,14 @@ def draft_step(options: DraftStepOptions) -> str:
         contexts,
         dtype=options.dtype,
         load_format=options.load_format,
-        mlp=options.mlp,
+        options=RuntimeOptions.model_validate(
+            {
+                "layer_parallel": {"mlp": options.mlp},
+                "draft_vocabulary": options.draft_vocabulary,
+                "quantization": options.quantization,
+            }
+        ),
         repetitions=options.repetitions,
-        draft_vocabulary=options.draft_vocabulary,
     )
     settings = as_json(options, "json", "plot") | {"context": contexts}
     results.write(options.json, results.surroundings() | {"settings": settings, "rows": rows})

@@ -15,7 +15,7 @@ import torch
 from vllm.distributed import get_tp_group
 from vllm.platforms import current_platform
 
-from vllm_easyspec.config import LayerParallelConfig, RuntimeOptions
+from vllm_easyspec.config import RuntimeOptions
 from vllm_easyspec.drafter.model import LayerParallelDrafter
 from vllm_easyspec.drafter.plan import SCOPES, DraftPlan
 from vllm_easyspec.engineless import EnginelessDrafter
@@ -37,15 +37,15 @@ def measure(
     *,
     dtype: str = "float32",
     load_format: str = "auto",
-    mlp: str = "auto",
+    options: RuntimeOptions | None = None,
     repetitions: int = 60,
-    draft_vocabulary: int | str | None = None,
 ) -> list[dict[str, Any]]:
     """Rows with the keys `scope, plan, ranks, batch, context, step_ms, precise_ms, speedup, floor_ms` and more.
 
-    plans: group sizes of each plan, None for the default plan; times are medians in milliseconds.
+    plans: group sizes of each plan, None for the default plan; options: of the drafter, without plans; times are
+    medians in milliseconds.
     """
-    arguments = (drafter, plans, batches, contexts, dtype, load_format, mlp, repetitions, draft_vocabulary)
+    arguments = (drafter, plans, batches, contexts, dtype, load_format, options or RuntimeOptions(), repetitions)
     by_rank = run_ranks(ranks, _measure_rank, *arguments, timeout_s=1800)
     return [_slowest(rows) for rows in zip(*by_rank, strict=True)]
 
@@ -71,12 +71,9 @@ def _measure_rank(
     contexts: Sequence[int],
     dtype: str,
     load_format: str,
-    mlp: str,
+    options: RuntimeOptions,
     repetitions: int,
-    draft_vocabulary: int | str | None,
 ) -> list[dict[str, Any]]:
-    layer_parallel = LayerParallelConfig(mlp=mlp)  # type: ignore[arg-type]
-    options = RuntimeOptions(layer_parallel=layer_parallel, draft_vocabulary=draft_vocabulary)
     drafter = EnginelessDrafter(
         path,
         options,

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
+from vllm_easyspec.config import Quantization
 from vllm_easyspec.options import DTYPES, at_least, grouping, integers, names, option
 
 BASELINES = ("none", "draft_model", "precise")
@@ -38,6 +40,7 @@ class DraftStepOptions(OutputOptions):
     draft_vocabulary: int | None = option(
         "draft from the N lowest ids (default: from all tokens)", default=None, metavar="N", type=at_least(1)
     )
+    quantization: str | None = option("of the drafter's weights", default=None, choices=get_args(Quantization))
     repetitions: int = option("loops of each plan", default=60, type=at_least(1))
 
 
