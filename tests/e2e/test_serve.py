@@ -267,10 +267,8 @@ def test_abandoned_stream(server, client):
     expected = complete(client).choices[0].token_ids
     generated = metric(server, "vllm:generation_tokens_total")
     stream = complete(client, max_tokens=450, stream=True)
-    for _ in range(3):
-        next(stream)
-    assert metric(server, "vllm:num_requests_running") == 1
-    stream.close()
+    next(stream)
+    stream.close()  # at once: 450 tokens take no more than a second
     assert eventually(lambda: metric(server, "vllm:num_requests_running") == 0)
     assert eventually(lambda: metric(server, "vllm:kv_cache_usage_perc") == 0)
     assert 0 < metric(server, "vllm:generation_tokens_total") - generated < 450, "it was not aborted"
