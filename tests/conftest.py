@@ -13,11 +13,11 @@ import pytest
 LEADER = "gw0"
 NICENESS = 10  # of the other workers: they get a tenth of a core that a rank wants too
 SEVERAL_RANKS = {
-    "e2e": ("lossless", "plan_table", "serve", "platforms", "lookahead_engine", "draft_vocabulary"),
+    "e2e": ("lossless", "plan_table", "serve", "platforms", "lookahead_engine", "draft_vocabulary", "quantization"),
     "integration": (
         "check_ranks",
         "draft_loop",
-        "draft_vocabulary",
+        "draft_head",
         "drafter",
         "fidelity",
         "fit",

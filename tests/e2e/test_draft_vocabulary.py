@@ -1,4 +1,4 @@
-"""Engines that draft from a part of the vocabulary: the output stays the target's, the pages precise, the ranks alike.
+"""Drafts from a part of the vocabulary, or from another one: the output stays the target's, and the pages precise.
 
 With sampled drafts: tests/e2e/test_sampling.py.
 """
@@ -6,6 +6,7 @@ With sampled drafts: tests/e2e/test_sampling.py.
 import json
 
 import pytest
+import tiny_targets
 from engines import (
     AUDIT_LIMIT,
     DRAFTER,
@@ -70,3 +71,17 @@ def test_audit_is_clean_mid_flight(llm):
     configure(llm, scope="block", plan="1-8-1", num_speculative_tokens=8)
     llm.reset_prefix_cache()
     assert max(audited(llm, mixed_prompts())) < AUDIT_LIMIT
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_drafter_with_another_tokenizer(tmp_path, target_alone, ranks):
+    """Sampled drafts of greedy requests: the logits of shared tokens are kept under the target's ids."""
+    drafter = tiny_targets.of_another_tokenizer(tmp_path / "another-tokenizer")
+    config = easyspec(
+        drafter, num_speculative_tokens=4, use_heterogeneous_vocab=True, draft_sample_method="probabilistic"
+    )
+    with engine(speculative_config=config, tensor_parallel_size=ranks) as llm:
+        assert token_ids(llm, mixed_prompts(), greedy(40)) == target_alone[40]
+        counted = stats(llm)[0]
+        assert counted["accepted_at"][0] > 0.3 * counted["verified"] > 0
+        assert max(audited(llm, mixed_prompts())) < AUDIT_LIMIT

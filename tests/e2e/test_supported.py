@@ -207,19 +207,3 @@ def test_k_by_batch_size(adapted):
     counted = stats(llm)[0]
     assert counted["accepted_at"][0] > counted["accepted_at"][1] > 0 < counted["accepted_at"][4]
     assert 0 < counted["verified"] < sum(lengths) - 16 - sum(counted["accepted_at"]), "not every token was drafted for"
-
-
-# ---- a drafter with another tokenizer ----
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_drafter_with_another_tokenizer(folder, target_alone, ranks):
-    """Sampled drafts of greedy requests: the logits of shared tokens are kept under the target's ids."""
-    drafter = tiny_targets.of_another_tokenizer(folder / f"another-tokenizer-{ranks}")
-    config = easyspec(
-        drafter, num_speculative_tokens=4, use_heterogeneous_vocab=True, draft_sample_method="probabilistic"
-    )
-    with engine(speculative_config=config, tensor_parallel_size=ranks) as llm:
-        assert token_ids(llm, mixed_prompts(), greedy(40)) == target_alone[40]
-        assert_some_accepted(llm)
-        assert_precise(llm, mixed_prompts())
