@@ -112,7 +112,10 @@ def main() -> None:
     result = surroundings() | {"settings": {name: str(value) for name, value in vars(args).items()}}
 
     def keep(measured: dict[str, Any]) -> None:
-        write(args.json, result | measured | {"bandwidth": bandwidths})
+        arms = {
+            name: arm | {"speculative_config": configs[name] and "see ARMS"} for name, arm in measured["arms"].items()
+        }
+        write(args.json, result | measured | {"arms": arms, "bandwidth": bandwidths})
 
     def say(line: str) -> None:
         print(line, flush=True)
