@@ -62,12 +62,4 @@ void advance_draft_inputs(const Tensor& sampled,
 }  // namespace
 }  // namespace easyspec
 
-STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CPU, library) {
-  library.impl("advance_draft_inputs", TORCH_BOX(&easyspec::advance_draft_inputs));
-}
-
-#ifdef EASYSPEC_CUDA
-STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CUDA, library) {
-  library.impl("advance_draft_inputs", TORCH_BOX(&easyspec::advance_draft_inputs));
-}
-#endif
+EASYSPEC_REGISTER(advance_draft_inputs)

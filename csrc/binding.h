@@ -19,6 +19,17 @@
 #include <cuda_runtime.h>
 #endif
 
+// Registers easyspec::name as the operator of that name, on a CPU or wherever this build has kernels.
+#define EASYSPEC_REGISTER_ON(device, name) \
+  STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, device, library) { library.impl(#name, TORCH_BOX(&easyspec::name)); }
+#ifdef EASYSPEC_CUDA
+#define EASYSPEC_REGISTER(name)   \
+  EASYSPEC_REGISTER_ON(CPU, name) \
+  EASYSPEC_REGISTER_ON(CUDA, name)
+#else
+#define EASYSPEC_REGISTER(name) EASYSPEC_REGISTER_ON(CPU, name)
+#endif
+
 namespace easyspec {
 
 using torch::headeronly::ScalarType;

@@ -87,12 +87,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> calibration_inputs(co
 }  // namespace
 }  // namespace easyspec
 
-STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CPU, library) {
-  library.impl("calibration_inputs", TORCH_BOX(&easyspec::calibration_inputs));
-}
-
-#ifdef EASYSPEC_CUDA
-STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CUDA, library) {
-  library.impl("calibration_inputs", TORCH_BOX(&easyspec::calibration_inputs));
-}
-#endif
+EASYSPEC_REGISTER(calibration_inputs)

@@ -43,6 +43,4 @@ Tensor embed_shard(const Tensor& ids, const Tensor& table, int64_t first, int64_
 }  // namespace
 }  // namespace easyspec
 
-STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CPU, library) {
-  library.impl("embed_shard", TORCH_BOX(&easyspec::embed_shard));
-}
+EASYSPEC_REGISTER_ON(CPU, embed_shard)

@@ -41,12 +41,4 @@ Tensor group_features(const Tensor& h, const Tensor& previous, double eps) {
 }  // namespace
 }  // namespace easyspec
 
-STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CPU, library) {
-  library.impl("group_features", TORCH_BOX(&easyspec::group_features));
-}
-
-#ifdef EASYSPEC_CUDA
-STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CUDA, library) {
-  library.impl("group_features", TORCH_BOX(&easyspec::group_features));
-}
-#endif
+EASYSPEC_REGISTER(group_features)

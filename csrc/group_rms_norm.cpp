@@ -50,12 +50,4 @@ Tensor group_rms_norm(const Tensor& x, const Tensor& weights, double eps) {
 }  // namespace
 }  // namespace easyspec
 
-STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CPU, library) {
-  library.impl("group_rms_norm", TORCH_BOX(&easyspec::group_rms_norm));
-}
-
-#ifdef EASYSPEC_CUDA
-STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CUDA, library) {
-  library.impl("group_rms_norm", TORCH_BOX(&easyspec::group_rms_norm));
-}
-#endif
+EASYSPEC_REGISTER(group_rms_norm)

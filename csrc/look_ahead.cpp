@@ -129,4 +129,4 @@ Tensor look_ahead(const Tensor& x,
 }  // namespace
 }  // namespace easyspec
 
-STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CPU, library) { library.impl("look_ahead", TORCH_BOX(&easyspec::look_ahead)); }
+EASYSPEC_REGISTER_ON(CPU, look_ahead)

@@ -71,18 +71,14 @@ Tensor norm_and_project(const Tensor& x,
                    .norms = rows_from(norms, first),
                    .weights = rows_from(weights, first),
                    .bias = rows_from(bias, first),
-                   .residual = nullptr,
                    .out = out.data_ptr(),
                    .out_layer_step = tokens * columns,
                    .out_token_step = columns,
                    .outputs = layers,
-                   .first = 0,
-                   .step = 1,
                    .layers = layers,
                    .tokens = tokens,
                    .inner = hidden,
                    .columns = columns,
-                   .gated = false,
                    .eps = static_cast<float>(eps),
                    .dtype = dtype_of(x, "x"),
                });
@@ -112,12 +108,4 @@ Tensor norm_and_project(const Tensor& x,
 }  // namespace
 }  // namespace easyspec
 
-STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CPU, library) {
-  library.impl("norm_and_project", TORCH_BOX(&easyspec::norm_and_project));
-}
-
-#ifdef EASYSPEC_CUDA
-STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CUDA, library) {
-  library.impl("norm_and_project", TORCH_BOX(&easyspec::norm_and_project));
-}
-#endif
+EASYSPEC_REGISTER(norm_and_project)

@@ -40,12 +40,4 @@ Tensor prefix_sums(const Tensor& x, const Tensor& outputs) {
 }  // namespace
 }  // namespace easyspec
 
-STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CPU, library) {
-  library.impl("prefix_sums", TORCH_BOX(&easyspec::prefix_sums));
-}
-
-#ifdef EASYSPEC_CUDA
-STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CUDA, library) {
-  library.impl("prefix_sums", TORCH_BOX(&easyspec::prefix_sums));
-}
-#endif
+EASYSPEC_REGISTER(prefix_sums)

@@ -68,10 +68,8 @@ Tensor project_among_zeros(const Tensor& x,
                    .x = x.data_ptr(),
                    .layer_step = tokens * inner,
                    .token_step = inner,
-                   .norms = nullptr,
                    .weights = rows_from(weights, first),
                    .bias = rows_from(bias, first),
-                   .residual = nullptr,
                    .out = out.data_ptr(),
                    .out_layer_step = tokens * columns,
                    .out_token_step = columns,
@@ -82,8 +80,6 @@ Tensor project_among_zeros(const Tensor& x,
                    .tokens = tokens,
                    .inner = inner,
                    .columns = columns,
-                   .gated = false,
-                   .eps = 0,
                    .dtype = dtype_of(x, "x"),
                });
     return out;
@@ -112,12 +108,4 @@ Tensor project_among_zeros(const Tensor& x,
 }  // namespace
 }  // namespace easyspec
 
-STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CPU, library) {
-  library.impl("project_among_zeros", TORCH_BOX(&easyspec::project_among_zeros));
-}
-
-#ifdef EASYSPEC_CUDA
-STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CUDA, library) {
-  library.impl("project_among_zeros", TORCH_BOX(&easyspec::project_among_zeros));
-}
-#endif
+EASYSPEC_REGISTER(project_among_zeros)

@@ -86,12 +86,4 @@ void rotate_and_store(const Tensor& qkv,
 }  // namespace
 }  // namespace easyspec
 
-STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CPU, library) {
-  library.impl("rotate_and_store", TORCH_BOX(&easyspec::rotate_and_store));
-}
-
-#ifdef EASYSPEC_CUDA
-STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CUDA, library) {
-  library.impl("rotate_and_store", TORCH_BOX(&easyspec::rotate_and_store));
-}
-#endif
+EASYSPEC_REGISTER(rotate_and_store)

@@ -129,13 +129,10 @@ Tensor sum_of_mlps(const Tensor& inputs,
                    .norms = rows_from(norms, first),
                    .weights = rows_from(gate_up, first),
                    .bias = rows_from(gate_up_bias, first),
-                   .residual = nullptr,
                    .out = wide.data_ptr(),
                    .out_layer_step = width,
                    .out_token_step = layers * width,
                    .outputs = layers,
-                   .first = 0,
-                   .step = 1,
                    .layers = layers,
                    .tokens = tokens,
                    .inner = hidden,
@@ -149,22 +146,16 @@ Tensor sum_of_mlps(const Tensor& inputs,
                    .x = wide.data_ptr(),
                    .layer_step = 0,
                    .token_step = layers * width,
-                   .norms = nullptr,
                    .weights = rows_from(down, first),
-                   .bias = nullptr,
                    .residual = rows_from(residual, 0),
                    .out = out.data_ptr(),
                    .out_layer_step = 0,
                    .out_token_step = hidden,
                    .outputs = 1,
-                   .first = 0,
-                   .step = 1,
                    .layers = 1,
                    .tokens = tokens,
                    .inner = layers * width,
                    .columns = hidden,
-                   .gated = false,
-                   .eps = 0,
                    .dtype = dtype_of(inputs, "inputs"),
                });
     return out;
@@ -201,12 +192,4 @@ Tensor sum_of_mlps(const Tensor& inputs,
 }  // namespace
 }  // namespace easyspec
 
-STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CPU, library) {
-  library.impl("sum_of_mlps", TORCH_BOX(&easyspec::sum_of_mlps));
-}
-
-#ifdef EASYSPEC_CUDA
-STABLE_TORCH_LIBRARY_IMPL(vllm_easyspec, CUDA, library) {
-  library.impl("sum_of_mlps", TORCH_BOX(&easyspec::sum_of_mlps));
-}
-#endif
+EASYSPEC_REGISTER(sum_of_mlps)
