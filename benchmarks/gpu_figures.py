@@ -15,9 +15,7 @@ FILE.ready and measures once FILE.go exists, so that several may start side by s
 import argparse
 import json
 import sys
-import tempfile
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,14 +23,13 @@ from statistics import median
 from typing import Any
 
 import torch
+from shapes import model_folder
 
 from vllm_easyspec.bench.results import surroundings, write, write_text
 from vllm_easyspec.bench.step_clock import StepClock
 from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.metrics import StageClock
 
-ROOT = Path(__file__).resolve().parent.parent
-SHAPES = ROOT / "tests" / "fixtures" / "hf_configs"
 TARGET, DRAFTER = "Qwen2.5-Coder-32B-Instruct", "Qwen2.5-0.5B-Instruct"
 DRAFTS = 5
 ACCEPTANCE_LENGTH = 4.0
@@ -114,17 +111,8 @@ def short_name(name: str) -> str:
 
 
 def shape(name: str, device: str, **changes: Any) -> str:
-    """A folder with a published configuration, tiny on a CPU, and nothing else.
-
-    It is kept, under a name for its content: vLLM's compile caches identify a model by its folder.
-    """
-    config = json.loads((SHAPES / name / "config.json").read_text())
-    config |= (TINY if device == "cpu" else {}) | changes
-    text = json.dumps(config)
-    folder = Path(tempfile.gettempdir()) / "easyspec-shapes" / f"{name}-{zlib.crc32(text.encode()):08x}"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.json", text)
-    return str(folder)
+    """A folder with a published configuration, tiny on a CPU."""
+    return model_folder(name, **(TINY if device == "cpu" else {}) | changes)
 
 
 @contextmanager

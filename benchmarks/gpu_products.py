@@ -20,10 +20,11 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from shapes import SHAPES  # noqa: E402
+
 from vllm_easyspec import ops  # noqa: E402
 from vllm_easyspec.bench.results import surroundings, write  # noqa: E402
 
-SHAPES = ROOT / "tests" / "fixtures" / "hf_configs"
 DRAFTERS = ("Qwen2.5-0.5B-Instruct", "Llama-3.2-1B-Instruct", "Qwen2.5-1.5B-Instruct")
 TOKENS = (1, 2, 4, 6, 8, 16)
 GROUP = 4

@@ -7,15 +7,14 @@ drafting stage reaches: the time that these bytes take at the memory's speed ove
 """
 
 import argparse
-import json
 import os
-import tempfile
-import zlib
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+from shapes import model_folder
 
 from vllm_easyspec import plugin
 from vllm_easyspec.bench import engine
@@ -25,7 +24,6 @@ from vllm_easyspec.bench.results import surroundings, table, write
 from vllm_easyspec.drafter.architectures import DrafterShape
 from vllm_easyspec.ranks import run_ranks
 
-SHAPES = Path(__file__).resolve().parent.parent / "tests" / "fixtures" / "hf_configs"
 DRAFTER = "Qwen2.5-0.5B-Instruct"
 TARGET_CHANGES = dict(  # Qwen2.5 3B
     hidden_size=2048,
@@ -49,16 +47,6 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 
 
-def model_folder(changes: dict[str, Any]) -> str:
-    """A folder with the drafter's published configuration, changed, and nothing else. vLLM's compile caches know a
-    model by its folder, so that it stays under one name for one content."""
-    text = json.dumps(json.loads((SHAPES / DRAFTER / "config.json").read_text()) | changes)
-    folder = Path(tempfile.gettempdir()) / "easyspec-shapes" / f"real-sizes-{zlib.crc32(text.encode()):08x}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(text)
-    return str(folder)
-
-
 def rank_bytes(folder: str, ranks: int, changes: dict[str, Any]) -> int:
     """What a rank reads of the drafter in a step: its share of the layers and of the LM head.
 
@@ -67,9 +55,8 @@ def rank_bytes(folder: str, ranks: int, changes: dict[str, Any]) -> int:
     from transformers import AutoConfig
 
     shape = DrafterShape.from_hf_config(AutoConfig.from_pretrained(folder))
-    hidden, attention = shape.hidden_size, 2 * shape.q_size + 2 * shape.kv_size
-    layer = hidden * attention + 3 * hidden * shape.intermediate_size
-    numbers = shape.num_layers * layer + hidden * changes.get("draft_vocabulary", shape.vocab_size)
+    layer = shape.attention_parameters() + 3 * shape.hidden_size * shape.intermediate_size
+    numbers = shape.num_layers * layer + shape.hidden_size * changes.get("draft_vocabulary", shape.vocab_size)
     return numbers * (1 if "quantization" in changes else 2) // ranks
 
 
@@ -90,7 +77,7 @@ def main() -> None:
     args = parser.parse_args()
 
     plugin.register()
-    target, drafter = model_folder(TARGET_CHANGES), model_folder({})
+    target, drafter = model_folder(DRAFTER, **TARGET_CHANGES), model_folder(DRAFTER)
     synthetic = dict(rejection_sample_method="synthetic", synthetic_acceptance_length=ACCEPTANCE_LENGTH)
     drafting = dict(model=drafter, num_speculative_tokens=DRAFTS) | synthetic
     configs = {"none": None, "draft_model": drafting | {"method": "draft_model"}}
