@@ -129,5 +129,29 @@ def audited(llm: LLM, prompts: list[Any], max_tokens: int | list[int] = 60, ever
     return found
 
 
+def assert_some_accepted(llm: LLM) -> None:
+    counted = stats(llm)[0]
+    assert counted["accepted_at"][0] > 0.3 * counted["verified"] > 0
+
+
+def assert_precise(llm: LLM, prompts: list[Any]) -> None:
+    assert max(audited(llm, prompts)) < AUDIT_LIMIT
+
+
+def assert_same_output_by_many_drafts(llm: LLM, expected: list[list[int]], scope: str) -> None:
+    """expected: of 60 tokens each."""
+    configure(llm, scope=scope, plan="1-4-4-1", num_speculative_tokens=5)
+    assert token_ids(llm, mixed_prompts(), greedy(60)) == expected
+    assert_some_accepted(llm)
+    assert stats(llm)[0]["accepted_at"][4] > 0
+
+
+def assert_precise_mid_flight(llm: LLM) -> None:
+    """Also while prompts are read in chunks and 8 tokens are drafted by one long group."""
+    configure(llm, scope="block", plan="1-8-1", num_speculative_tokens=8)
+    llm.reset_prefix_cache()
+    assert_precise(llm, mixed_prompts())
+
+
 def metric(llm: LLM, name: str) -> float:
     return sum(m.value for m in llm.get_metrics() if m.name == name)

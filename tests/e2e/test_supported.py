@@ -10,7 +10,19 @@ import numpy as np
 import pytest
 import tiny_targets
 import torch
-from engines import AUDIT_LIMIT, TARGET, audited, easyspec, engine, greedy, mixed_prompts, stats, token_ids
+from engines import (
+    AUDIT_LIMIT,
+    TARGET,
+    assert_precise,
+    assert_some_accepted,
+    audited,
+    easyspec,
+    engine,
+    greedy,
+    mixed_prompts,
+    stats,
+    token_ids,
+)
 from vllm import LLM
 from vllm.lora.request import LoRARequest
 
@@ -20,15 +32,6 @@ pytestmark = pytest.mark.engine
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("targets")
-
-
-def assert_precise(llm: LLM, prompts: list[Any]) -> None:
-    assert max(audited(llm, prompts)) < AUDIT_LIMIT
-
-
-def assert_some_accepted(llm: LLM) -> None:
-    counted = stats(llm)[0]
-    assert counted["accepted_at"][0] > 0.3 * counted["verified"] > 0
 
 
 # ---- mixture of experts; a drafter with a sliding window; logprobs of prompts ----
