@@ -161,9 +161,10 @@ def draft_vllm_config(config: VllmConfig, options: RuntimeOptions) -> VllmConfig
     model_config.hf_config = copy.deepcopy(model_config.hf_config)
     # vLLM takes the first architecture that it knows; the drafter reads its family from the others.
     model_config.hf_config.architectures = [DRAFTER_ARCHITECTURE, *model_config.hf_config.architectures]
+    model_config.quantization = None  # a quantized checkpoint is decompressed when it is loaded
     if spec is None:
         config = copy.copy(config)
-        config.model_config = model_config
+        config.model_config, config.quant_config = model_config, None
     else:
         parallel_config = replace(spec.draft_parallel_config, rank=config.parallel_config.rank)
         changes = {"model_config": model_config, "parallel_config": parallel_config, "quant_config": None}

@@ -294,11 +294,6 @@ def check_drafter(config: "SpeculativeConfig", options: RuntimeOptions) -> None:
     if config.method != "draft_model":
         raise ConfigError(_another_method(str(config.model), f"its method {config.method}"))
     shape = _shape(draft.hf_config, str(config.model))
-    if draft.quantization is not None:
-        raise ConfigError(
-            f"model={config.model!r} is quantized ({draft.quantization}), and only unquantized drafters are supported. "
-            "Give its unquantized checkpoint"
-        )
     options.layer_parallel.plan_table(shape.num_layers)
     check_checkpoint(draft.model, draft.revision, shape)
     if options.use_heterogeneous_vocab:

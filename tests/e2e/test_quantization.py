@@ -1,4 +1,4 @@
-"""Engines whose drafter is quantized when it is loaded: the output stays the target's, the pages precise.
+"""Engines whose drafter is quantized, when it is loaded or as a checkpoint: the output is the target's, pages precise.
 
 "Precise" is what the same quantized drafter computes, since the audit recomputes pages with its weights.
 """
@@ -6,6 +6,7 @@
 import pytest
 import torch
 from engines import DRAFTER, assert_precise_mid_flight, assert_same_output_by_many_drafts, easyspec, engine
+from tiny_targets import gptq, int8
 
 from vllm_easyspec.config import RuntimeOptions
 from vllm_easyspec.engineless import EnginelessDrafter
@@ -45,3 +46,10 @@ def test_output_is_the_targets(llm, target_alone, scope):
 
 def test_audit_is_clean_mid_flight(llm):
     assert_precise_mid_flight(llm)
+
+
+@pytest.mark.parametrize("checkpoint", [int8, gptq], ids=["int8", "gptq"])
+def test_a_quantized_checkpoint(checkpoint, target_alone, tmp_path):
+    with engine(speculative_config=easyspec(checkpoint(tmp_path / "drafter", like=DRAFTER))) as llm:
+        assert_same_output_by_many_drafts(llm, target_alone[60], "attention")
+        assert_precise_mid_flight(llm)

@@ -57,7 +57,7 @@ def test_switches_of_the_families():
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*Supported are LlamaForCausalLM"),
         ({"architectures": None}, r"architectures=\[\]"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quant_method.*only unquantized"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quant_method.*unquantized checkpoint"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'.*only 'silu'"),
         (
             {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0], "factor": 2.0}},

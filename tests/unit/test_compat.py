@@ -241,10 +241,10 @@ def test_an_architecture_that_vllm_does_not_know(tmp_path):
     assert f"model='{drafter}' can't be read: " in refusal(drafter)
 
 
-def test_a_quantized_drafter(tmp_path):
-    quantized = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
+def test_a_drafter_quantized_in_another_format(tmp_path):
+    quantized = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemv"}
     message = refusal(model_folder(tmp_path / "awq", quantization_config=quantized))
-    assert "'quant_method': 'awq'" in message and "Use the drafter's unquantized checkpoint" in message
+    assert "version 'gemm'" in message and "Use the drafter's unquantized checkpoint" in message
 
 
 @pytest.mark.parametrize("name", ["eagle-drafter", "my-EAGLE3", "a-dflash-drafter"])

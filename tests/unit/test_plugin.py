@@ -25,6 +25,7 @@ IMPORTED_EVERYWHERE = {
     "vllm_easyspec.drafter",
     "vllm_easyspec.documents",
     "vllm_easyspec.drafter.plan",
+    "vllm_easyspec.drafter.quantized_checkpoint",
     "vllm_easyspec.errors",
     "vllm_easyspec.last_words",
     "vllm_easyspec.round_reports",

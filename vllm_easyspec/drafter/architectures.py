@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_easyspec.drafter.quantized_checkpoint import unsupported
+
 SUPPORTED_ARCHITECTURES = {
     "LlamaForCausalLM": "Llama 2, 3, 3.1, 3.2, 3.3 and models of that shape",
     "MistralForCausalLM": "Mistral",
@@ -99,10 +101,11 @@ class DrafterShape:
 
 def _refuse_variants(config: Any, architecture: str) -> None:
     """Refuse checkpoints of a supported class that compute something other than its plain form."""
-    if getattr(config, "quantization_config", None) is not None:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None and (reason := unsupported(quantization)):
         raise UnsupportedDrafterError(
-            f"quantization_config={config.quantization_config} in a drafter of class {architecture}: only unquantized "
-            "drafters are supported. Use the drafter's unquantized checkpoint"
+            f"quantization_config in a drafter of class {architecture}: {reason}. Use the drafter's unquantized "
+            "checkpoint; quantization: int8_per_channel_weight_only quantizes it when it is loaded"
         )
     activation = getattr(config, "hidden_act", "silu")
     if activation != "silu":

@@ -28,6 +28,7 @@ from vllm_easyspec.drafter.paged_kv import DrafterAttention
 from vllm_easyspec.drafter.placement import LayerPlacement, MlpPlacement, choose_mlp
 from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.drafter.quantization import prepared
+from vllm_easyspec.drafter.quantized_checkpoint import decompressed
 from vllm_easyspec.drafter.weights import load_drafter_weights
 from vllm_easyspec.lookahead import GroupLookahead, LookaheadMaps
 from vllm_easyspec.metrics import PassCounters
@@ -98,6 +99,7 @@ class LayerParallelDrafter(nn.Module):
         self.local_layers = self.placement.layers_of(self.rank)
         self.dtype = vllm_config.model_config.dtype
         self.quantization = options.quantization
+        self.checkpoint_quantization = getattr(config, "quantization_config", None)
         device_type = vllm_config.device_config.device_type
         self.mlp = choose_mlp(options.layer_parallel.mlp, shape, self.num_ranks, self.dtype.itemsize, device_type)
         self.counters = PassCounters()
@@ -170,6 +172,8 @@ class LayerParallelDrafter(nn.Module):
             self.head.quantize(self.quantization)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        if self.checkpoint_quantization is not None:
+            weights = decompressed(weights, self.checkpoint_quantization)
         return load_drafter_weights(self, weights)
 
     def forward(
