@@ -74,6 +74,7 @@ def parts() -> dict[str, tuple[str, str]]:
         "k-by-batch-size": bf16 | flash | {"spec": by_size},
         "plans-by-batch-size": bf16 | flash | {"spec": tables},
         "lookahead": bf16 | flash | {"spec": maps},
+        "quantized": bf16 | flash | {"spec": {"quantization": "int8_per_channel_weight_only", "draft_vocabulary": 256}},
         "draft-model": bf16 | flash | {"spec": {"method": "draft_model"}},
     }
     pair, shapes = ROOT / "examples" / "tiny-pair", ROOT / "tests" / "fixtures" / "hf_configs"
