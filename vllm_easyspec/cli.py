@@ -41,7 +41,8 @@ def _parser() -> argparse.ArgumentParser:
         add_options(command, options)
         command.set_defaults(run=run, options=options)
 
-    add(commands, "doctor", "check a configuration without starting an engine", DoctorOptions, _doctor)
+    doctor = "check a configuration without starting an engine, or a running server"
+    add(commands, "doctor", doctor, DoctorOptions, _doctor)
     add(commands, "schema", "print the JSON schema of a configuration", NoOptions, _schema)
     benchmarks = commands.add_parser("bench", help="time the drafter").add_subparsers(dest="benchmark", required=True)
     step = "one step of the drafter alone, in real ranks with real pages: fuzzy plans against precise"
@@ -67,7 +68,14 @@ class NoOptions:
 class DoctorOptions:
     """Options of `doctor`."""
 
-    config: str = option("a path to YAML or JSON, or inline JSON", "config", metavar="CONFIG")
+    config: str | None = option(
+        "a path to YAML or JSON, or inline JSON", "config", default=None, nargs="?", metavar="CONFIG"
+    )
+    live: str | None = option(
+        "in place of CONFIG: the address of a running server, to tell from its metrics whether speculation pays",
+        default=None,
+        metavar="URL",
+    )
     model: str | None = option(
         "the target, to compare vocabularies: a folder or a hub name", default=None, metavar="TARGET"
     )
@@ -83,6 +91,13 @@ class DoctorOptions:
 
 
 def _doctor(options: DoctorOptions) -> str:
+    if options.live is not None and options == DoctorOptions(live=options.live):
+        from vllm_easyspec.live import diagnose_live
+
+        return "\n".join(diagnose_live(options.live))
+    if options.config is None or options.live is not None:
+        raise CommandError("give either CONFIG, with its options, or --live URL, which has none")
+
     from huggingface_hub.utils import logging
 
     from vllm_easyspec.bench.prompts import read_prompts
