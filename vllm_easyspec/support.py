@@ -294,6 +294,11 @@ def check_drafter(config: "SpeculativeConfig", options: RuntimeOptions) -> None:
     if config.method != "draft_model":
         raise ConfigError(_another_method(str(config.model), f"its method {config.method}"))
     shape = _shape(draft.hf_config, str(config.model))
+    if draft.quantization is not None and getattr(draft.hf_config, "quantization_config", None) is None:
+        raise ConfigError(
+            f"model={config.model!r} is quantized ({draft.quantization}) without a quantization_config in its "
+            "config.json, which tells how to read it. Give a checkpoint that has one, or the unquantized one"
+        )
     options.layer_parallel.plan_table(shape.num_layers)
     check_checkpoint(draft.model, draft.revision, shape)
     if options.use_heterogeneous_vocab:

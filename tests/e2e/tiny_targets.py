@@ -5,7 +5,7 @@ Each function writes a checkpoint into a new folder and returns the folder.
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +72,12 @@ def windowed(folder: Path, like: Path = DRAFTER, window: int = WINDOW) -> Path:
 
 def int8(folder: Path, like: Path = TARGET) -> Path:
     """Weights and activations in 8 bits (compressed-tensors): a scale per row of weights and one per token."""
-    config, dense = _read(like)
-    tensors: Tensors = {}
-    for name, tensor in dense.items():
-        if not name.endswith("_proj.weight"):
-            tensors[name] = tensor
-            continue
-        scale = tensor.float().abs().amax(dim=1, keepdim=True) / 127
-        tensors[name] = (tensor.float() / scale).round().clamp(-127, 127).to(torch.int8)
-        tensors[f"{name}_scale"] = scale
+
+    def stored(layer: str, weight: torch.Tensor) -> Tensors:
+        scale = weight.abs().amax(dim=1, keepdim=True) / 127
+        levels = (weight / scale).round().clamp(-127, 127).to(torch.int8)
+        return {f"{layer}.weight": levels, f"{layer}.weight_scale": scale}
+
     eight_bits = {"num_bits": 8, "type": "int", "symmetric": True}
     quantization = {
         "quant_method": "compressed-tensors",
@@ -95,28 +92,36 @@ def int8(folder: Path, like: Path = TARGET) -> Path:
             }
         },
     }
-    return _write(folder, config | {"quantization_config": quantization}, tensors)
+    return _write_quantized(folder, like, quantization, stored)
 
 
 def gptq(folder: Path, like: Path = DRAFTER, group: int = 64) -> Path:
     """Weights in 8 bits as GPTQ stores them: packed along the inputs, with a scale and a zero point for each group."""
-    config, dense = _read(like)
-    tensors: Tensors = {}
-    for name, tensor in dense.items():
-        if not name.endswith("_proj.weight"):
-            tensors[name] = tensor
-            continue
-        layer, weights = name.removesuffix(".weight"), tensor.float().t()
-        groups = weights.unflatten(0, (-1, group))
+
+    def stored(layer: str, weight: torch.Tensor) -> Tensors:
+        groups = weight.t().unflatten(0, (-1, group))
         scales = groups.abs().amax(dim=1) / 127
         levels = ((groups / scales.unsqueeze(1)).round() + 128).flatten(0, 1).to(torch.uint8)
-        tensors |= {
+        return {
             f"{layer}.qweight": levels.t().contiguous().view(torch.int32).t().contiguous(),
             f"{layer}.qzeros": torch.full_like(scales, 127, dtype=torch.uint8).view(torch.int32),
             f"{layer}.scales": scales,
-            f"{layer}.g_idx": torch.arange(len(weights), dtype=torch.int32) // group,
+            f"{layer}.g_idx": torch.arange(len(levels), dtype=torch.int32) // group,
         }
+
     quantization = {"quant_method": "gptq", "bits": 8, "group_size": group, "desc_act": False, "sym": True}
+    return _write_quantized(folder, like, quantization, stored)
+
+
+def _write_quantized(
+    folder: Path, like: Path, quantization: dict[str, Any], stored: Callable[[str, torch.Tensor], Tensors]
+) -> Path:
+    """`like` with its projections as `stored` gives them, by the layer's name and float32 weight."""
+    config, dense = _read(like)
+    tensors: Tensors = {}
+    for name, tensor in dense.items():
+        is_projection = name.endswith("_proj.weight")
+        tensors |= stored(name.removesuffix(".weight"), tensor.float()) if is_projection else {name: tensor}
     return _write(folder, config | {"quantization_config": quantization}, tensors)
 
 

@@ -247,6 +247,13 @@ def test_a_drafter_quantized_in_another_format(tmp_path):
     assert "version 'gemm'" in message and "Use the drafter's unquantized checkpoint" in message
 
 
+def test_a_quantized_drafter_whose_config_does_not_say_so(tmp_path):
+    """vLLM reads the earlier name of the field too."""
+    earlier = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {}}
+    message = refusal(model_folder(tmp_path / "earlier", compression_config=earlier))
+    assert "is quantized (compressed-tensors) without a quantization_config" in message
+
+
 @pytest.mark.parametrize("name", ["eagle-drafter", "my-EAGLE3", "a-dflash-drafter"])
 def test_a_path_that_vllm_takes_for_another_method(tmp_path, name):
     message = refusal(model_folder(tmp_path / name))

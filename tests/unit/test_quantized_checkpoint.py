@@ -102,6 +102,13 @@ def gptq(bits: int, version: str = "gptq"):
     return config, tensors, ((levels - zeros[of_input]) * scales[of_input]).t()
 
 
+def fp8():
+    """As vLLM's and transformers' own method stores it, without blocks."""
+    levels, scale = (random_levels(-100, 100, OUTPUTS, INPUTS) / 8).to(torch.float8_e4m3fn), torch.tensor(0.25)
+    config = {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"]}
+    return config, {"weight": levels, "weight_scale": scale, "input_scale": scale}, levels.float() * 0.25
+
+
 def fp8_in_blocks():
     levels, scales = (random_levels(-100, 100, OUTPUTS, INPUTS) / 8).to(torch.float8_e4m3fn), random_scales(2, 4)
     config = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
@@ -111,8 +118,8 @@ def fp8_in_blocks():
 
 @pytest.mark.parametrize(
     "made",
-    [int8(), fp8_per_tensor(), int4_in_groups(), awq(), gptq(4), gptq(8), gptq(4, "gptq_v2"), fp8_in_blocks()],
-    ids=["int8", "fp8", "int4", "awq", "gptq", "gptq 8 bits", "gptq version 2", "fp8 in blocks"],
+    [int8(), fp8_per_tensor(), int4_in_groups(), awq(), gptq(4), gptq(8), gptq(4, "gptq_v2"), fp8(), fp8_in_blocks()],
+    ids=["int8", "fp8 of tensors", "int4", "awq", "gptq", "gptq 8 bits", "gptq version 2", "fp8", "fp8 in blocks"],
 )
 class TestFormat:
     def test_its_weights(self, made):

@@ -12,18 +12,17 @@ from typing import Any
 import torch
 
 Parts = dict[str, torch.Tensor]
-# By `quant_method`. Of compressed-tensors, these of its formats.
-METHODS = ("compressed-tensors", "awq", "gptq", "fp8")
+# Of compressed-tensors.
 FORMATS = ("int-quantized", "float-quantized", "naive-quantized", "pack-quantized", "mixed-precision")
-# Of activations and of the K/V cache, which are not quantized here.
+# Scales of activations and of the K/V cache, which are not quantized here.
 _IGNORED = ("input_scale", "output_scale", "activation_scale", "k_scale", "v_scale", "q_scale")
 
 
 def unsupported(quantization: Mapping[str, Any]) -> str | None:
     """Why a checkpoint with this `quantization_config` can't be read; None if it can."""
     method = quantization.get("quant_method")
-    if method not in METHODS:
-        return f"quant_method={method!r}: supported are {', '.join(METHODS)}"
+    if method not in _READERS:
+        return f"quant_method={method!r}: supported are {', '.join(_READERS)}"
     if method == "compressed-tensors":
         groups = quantization.get("config_groups") or {}
         given = {group.get("format") for group in groups.values() if isinstance(group, dict)}
@@ -49,6 +48,9 @@ class _Compressed:
 
     parts: tuple[str, ...]
     decompress: Callable[[Parts], torch.Tensor]
+
+
+OfLayer = Callable[[str], _Compressed | None]  # of a linear layer's name; None where it is not quantized
 
 
 def decompressed(
@@ -84,7 +86,7 @@ def decompressed(
         )
 
 
-def _compressed_tensors(quantization: dict[str, Any]) -> Callable[[str], _Compressed | None]:
+def _compressed_tensors(quantization: dict[str, Any]) -> OfLayer:
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.compressors.format import infer_module_format
     from compressed_tensors.quantization import QuantizationConfig
@@ -107,7 +109,7 @@ def _compressed_tensors(quantization: dict[str, Any]) -> Callable[[str], _Compre
     return of_layer
 
 
-def _awq(quantization: dict[str, Any]) -> Callable[[str], _Compressed | None]:
+def _awq(quantization: dict[str, Any]) -> OfLayer:
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter
 
@@ -116,9 +118,7 @@ def _awq(quantization: dict[str, Any]) -> Callable[[str], _Compressed | None]:
     compressor = BaseCompressor.get_value_from_registry(scheme.format)
 
     def decompress(parts: Parts) -> torch.Tensor:
-        stored = converter.process({f"layer.{part}": tensor for part, tensor in parts.items()})
-        local = {name.removeprefix("layer."): tensor for name, tensor in stored.items()}
-        return compressor.decompress(local, scheme)["weight"]
+        return compressor.decompress(_converted(converter, parts), scheme)["weight"]
 
     def of_layer(layer: str) -> _Compressed | None:
         others = {name.removeprefix(layer + ".") for name in converter.get_dependencies(f"{layer}.qweight")}
@@ -127,7 +127,7 @@ def _awq(quantization: dict[str, Any]) -> Callable[[str], _Compressed | None]:
     return of_layer
 
 
-def _gptq(quantization: dict[str, Any]) -> Callable[[str], _Compressed | None]:
+def _gptq(quantization: dict[str, Any]) -> OfLayer:
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     bits = quantization["bits"]
@@ -142,29 +142,32 @@ def _gptq(quantization: dict[str, Any]) -> Callable[[str], _Compressed | None]:
         zeros = unpack_from_int32(parts["qzeros"], bits, scales.shape).short() + shift
         return ((levels - zeros[groups]) * scales[groups]).t()
 
-    of_weight = _Compressed(("qweight", "qzeros", "scales", "g_idx"), decompress)
+    how = _Compressed(("qweight", "qzeros", "scales", "g_idx"), decompress)
     quantizes_head = bool(quantization.get("lm_head"))
-    return lambda layer: of_weight if quantizes_head or not layer.endswith("lm_head") else None
+    return lambda layer: how if quantizes_head or not layer.endswith("lm_head") else None
 
 
-def _fp8(quantization: dict[str, Any]) -> Callable[[str], _Compressed | None]:
+def _fp8(quantization: dict[str, Any]) -> OfLayer:
     from compressed_tensors.entrypoints.convert.converters import FP8BlockDequantizer
 
     ignored = tuple(quantization.get("modules_to_not_convert") or quantization.get("ignored_layers") or ("lm_head",))
     block = quantization.get("weight_block_size")
     if block is None:
-        whole = _Compressed(("weight", "weight_scale"), lambda parts: parts["weight"].float() * parts["weight_scale"])
+        how = _Compressed(("weight", "weight_scale"), lambda parts: parts["weight"].float() * parts["weight_scale"])
     else:
         converter = FP8BlockDequantizer(weight_block_size=tuple(block), dtype=torch.float32)
-
-        def decompress(parts: Parts) -> torch.Tensor:
-            return converter.process({f"layer.{part}": tensor for part, tensor in parts.items()})["layer.weight"]
-
-        whole = _Compressed(("weight", "weight_scale_inv"), decompress)
-    return lambda layer: None if layer.endswith(ignored) else whole
+        how = _Compressed(("weight", "weight_scale_inv"), lambda parts: _converted(converter, parts)["weight"])
+    return lambda layer: None if layer.endswith(ignored) else how
 
 
-_READERS: dict[str, Callable[[dict[str, Any]], Callable[[str], _Compressed | None]]] = {
+def _converted(converter: Any, parts: Parts) -> Parts:
+    """What a converter of compressed-tensors, which takes whole names, makes of one layer."""
+    whole = converter.process({f"layer.{part}": tensor for part, tensor in parts.items()})
+    return {name.removeprefix("layer."): tensor for name, tensor in whole.items()}
+
+
+# By `quant_method`.
+_READERS: dict[str, Callable[[dict[str, Any]], OfLayer]] = {
     "compressed-tensors": _compressed_tensors,
     "awq": _awq,
     "gptq": _gptq,
