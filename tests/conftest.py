@@ -9,6 +9,7 @@ import os
 from pathlib import PurePath
 
 import pytest
+import warm_start  # noqa: F401 - for all tests
 
 LEADER = "gw0"
 NICENESS = 10  # of the other workers: they get a tenth of a core that a rank wants too

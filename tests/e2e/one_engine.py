@@ -1,17 +1,18 @@
 """Runs an engine in a process of its own, on the platform that the environment names, and prints JSON about it last.
 
-usage: one_engine.py ENGINE_ARGUMENTS_AS_JSON
+usage: one_engine.py ENGINE_ARGUMENTS_AS_JSON SPECULATIVE_FIELDS_AS_JSON
 """
 
 import json
 import sys
 
+import warm_start  # noqa: F401
 from engines import audit, configure, easyspec, engine, greedy, mixed_prompts, stats, token_ids
 
 
 def main() -> None:
-    arguments = json.loads(sys.argv[1])
-    with engine(speculative_config=easyspec(num_speculative_tokens=5), **arguments) as llm:
+    arguments, fields = map(json.loads, sys.argv[1:])
+    with engine(speculative_config=easyspec(num_speculative_tokens=5, **fields), **arguments) as llm:
         config = llm.llm_engine.vllm_config
         found = {
             "async_scheduling": config.scheduler_config.async_scheduling,
