@@ -26,7 +26,7 @@ class DraftBatch:
     sampled: torch.Tensor  # [reqs] bool: the target sampled a token; false in the middle of a chunked prompt
     newest: torch.Tensor  # [reqs] int64: that token
     block_table: torch.Tensor  # [reqs, width] int32
-    query_lens: np.ndarray  # [reqs] int32, host: tokens that the target read
+    query_lens: np.ndarray  # [reqs] int32, host: tokens that the scheduler gave it; adaptive verification reads fewer
     prefilling: np.ndarray  # [reqs] bool, host
     seq_lens_bound: np.ndarray  # [reqs] int32, host: upper bound on sequence lengths, this step's tokens included
     dummy: bool  # warm-up: requests own no pages
@@ -57,7 +57,7 @@ class DraftBatch:
             sampled=num_sampled[:reqs] > 0,
             newest=last_sampled.view(-1)[idx_mapping].long(),
             block_table=block_table,
-            query_lens=np.diff(batch.query_start_loc_np[: reqs + 1]),
+            query_lens=batch.num_scheduled_tokens[:reqs],
             prefilling=batch.is_prefilling_np[:reqs],
             seq_lens_bound=batch.seq_lens_cpu_upper_bound.numpy()[:reqs],
             dummy=dummy,

@@ -64,7 +64,6 @@ FIELDS_OF_OTHER_METHODS = {
     "disable_eagle_block_drop": "eagle",
     "index_share_for_mtp_iteration": "mtp",
     "dspark_draft_topk": "dspark",
-    "enable_adaptive_verification": "dspark",
     # From vLLM 0.33 on.
     "disable_lookahead_block_hashes": "eagle",
     "draft_lm_head_quantization": "eagle",
@@ -380,7 +379,12 @@ class EasySpecConfig(RuntimeOptions):
     use_local_argmax_reduction: bool | None = Field(
         default=None,
         description="true (greedy drafts are found on each rank's part of the vocabulary, two numbers per rank) or "
-        "false (logits are gathered); left out, true with greedy drafts",
+        "false (logits are gathered); left out, true with greedy drafts and without adaptive verification",
+    )
+    enable_adaptive_verification: bool = Field(
+        default=False,
+        description="true (each step verifies only the drafts of all requests that are worth their cost, by vLLM's "
+        "estimate of each draft's acceptance; needs CUDA graphs) or false (every draft is verified)",
     )
     draft_load_config: dict[str, Any] | None = Field(
         default=None, description="a mapping of vLLM's LoadConfig for the drafter, such as {load_format: dummy}"
@@ -414,6 +418,15 @@ class EasySpecConfig(RuntimeOptions):
             raise ValueError(
                 f"draft_vocabulary={shown(self.draft_vocabulary)} is given together with use_heterogeneous_vocab=True, "
                 "which chooses the tokens itself. Remove draft_vocabulary"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _logits_for_adaptive_verification(self) -> "EasySpecConfig":
+        if self.enable_adaptive_verification and self.use_local_argmax_reduction:
+            raise ValueError(
+                "use_local_argmax_reduction=True is given together with enable_adaptive_verification=True, which "
+                "estimates acceptance from all logits of a draft. Remove one of the two"
             )
         return self
 
@@ -474,7 +487,7 @@ class EasySpecConfig(RuntimeOptions):
         """The speculative configuration for vLLM, and the options that go to `additional_config["easyspec"]`."""
         # 1 passes vLLM's check of the head counts at any rank count, and Model Runner V2 reads it nowhere else.
         fields = self.draft_model() | {"draft_tensor_parallel_size": 1}
-        if self.draft_sample_method != "probabilistic":
+        if self.draft_sample_method != "probabilistic" and not self.enable_adaptive_verification:
             fields.setdefault("use_local_argmax_reduction", True)
         options = RuntimeOptions(**{name: getattr(self, name) for name in RuntimeOptions.model_fields}).to_json()
         # vLLM distinguishes configurations by a hash of the options, and a path doesn't change with the file's content.

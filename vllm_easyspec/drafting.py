@@ -51,8 +51,8 @@ class DraftLoop:
         device = draft_tokens.device
         self.positions = torch.zeros(max_reqs, dtype=torch.int64, device=device)  # of the newest token or draft
         self.live = torch.zeros(max_reqs, dtype=torch.bool, device=device)
-        # A calibration graph's inputs from a DraftBatch: start_positions, num_valid, sampled, newest.
-        self.requests = torch.zeros(4, max_reqs, dtype=torch.int64, device=device)
+        # A calibration graph's inputs from a DraftBatch: query_starts, start_positions, num_valid, sampled, newest.
+        self.requests = torch.zeros(5, max_reqs, dtype=torch.int64, device=device)
         # Final hidden states of the newest tokens: the first step's look-ahead maps read them.
         self.newest = torch.zeros(max_reqs, model.shape.hidden_size, dtype=model.dtype, device=device)
         self.read_ids = torch.zeros(max_reqs * (max_drafts + 1), dtype=torch.int32, device=device)
@@ -138,8 +138,9 @@ class DraftLoop:
 
     def load(self, batch: DraftBatch, graph: DraftGraph) -> None:
         """Copy the batch to where a calibration graph reads it. Requests that pad the graph have position -1."""
-        reqs, tokens = batch.num_reqs, batch.num_reqs * graph.query_len
-        fields = (batch.start_positions, batch.num_valid, batch.sampled.long(), batch.newest)
+        reqs = batch.num_reqs
+        tokens = min(reqs * graph.query_len, len(batch.input_ids))  # fewer where adaptive verification left out drafts
+        fields = (batch.query_starts, batch.start_positions, batch.num_valid, batch.sampled.long(), batch.newest)
         torch.stack(fields, out=self.requests[:, :reqs])
         self.requests[:, reqs : graph.num_reqs] = 0
         self.read_ids[:tokens] = batch.input_ids[:tokens]
@@ -167,14 +168,14 @@ class DraftLoop:
     def _graph_batch(self, graph: DraftGraph) -> DraftBatch:
         """The batch that `load` copied, as views of the buffers."""
         reqs = graph.num_reqs or 0
-        start_positions, num_valid, sampled, newest = self.requests[:, :reqs]
+        query_starts, start_positions, num_valid, sampled, newest = self.requests[:, :reqs]
         live = sampled > 0
         return DraftBatch(
             num_reqs=reqs,
             num_drafts=graph.num_drafts,
             idx_mapping=self.no_requests[:reqs],
             input_ids=self.read_ids[: reqs * graph.query_len],
-            query_starts=torch.arange(reqs, device=live.device) * graph.query_len,
+            query_starts=query_starts,
             start_positions=start_positions,
             num_valid=num_valid,
             sampled=live,

@@ -151,6 +151,8 @@ class EasySpecSpeculator(DraftModelSpeculator):
             return
         has_room = positions < self.runtime.bounds.max_len
         self.draft_tokens[:num_reqs, index] = torch.where(has_room, sampled, FILLER)
+        if self.enable_adaptive_verification:
+            self.draft_token_confidence_probs[:num_reqs, index] *= has_room
         if self.draft_logits is not None and self.filler_logits is not None:
             # The rejection sampler must test the filler against its own distribution, which is one-hot.
             logits = self.draft_logits[states, index]
@@ -160,6 +162,8 @@ class EasySpecSpeculator(DraftModelSpeculator):
         """The round's drafts, with fillers after its K."""
         num_drafts = batch.num_drafts
         self.draft_tokens[: batch.num_reqs, num_drafts:] = FILLER
+        if self.enable_adaptive_verification:
+            self.draft_token_confidence_probs[: batch.num_reqs, num_drafts:] = 0
         lowered = num_drafts == self.settings.current.num_drafts < self.num_speculative_steps  # by `easyspec_configure`
         if self.draft_logits is not None and self.filler_logits is not None and lowered and not batch.dummy:
             # Only now, and only for these requests: other drafts are yet to be tested against their own logits.
@@ -179,6 +183,8 @@ class EasySpecSpeculator(DraftModelSpeculator):
     def _check_ranks(self, batch: DraftBatch, drafts: torch.Tensor) -> None:
         """Debug: every rank feeds its own drafts to the target, so ids and logits must agree to the bit."""
         assert_same_on_ranks("draft ids", drafts)
+        if self.enable_adaptive_verification:
+            assert_same_on_ranks("drafts' confidence", self.draft_token_confidence_probs[: batch.num_reqs])
         if self.draft_logits is not None:
             assert_same_on_ranks("draft logits", self.draft_logits[batch.idx_mapping, : batch.num_drafts])
 

@@ -1,4 +1,4 @@
-"""Async scheduling and Ray, which vLLM disables on a CPU, through a platform plugin of the tests."""
+"""Async scheduling, adaptive verification and Ray, which vLLM disables on a CPU, through a platform plugin of the tests."""
 
 import json
 import os
@@ -18,10 +18,10 @@ def expected(target_alone) -> list[list[int]]:
     return target_alone[40]
 
 
-def run_engine(platform: str, **arguments) -> dict:
-    paths = [str(HERE / "platforms"), *filter(None, [os.environ.get("PYTHONPATH")])]
+def run_engine(platform: str, fields: dict | None = None, **arguments) -> dict:
+    paths = [str(HERE / "platforms"), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"EASYSPEC_TEST_PLATFORM": platform, "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, str(HERE / "one_engine.py"), json.dumps(arguments)]
+    command = [sys.executable, str(HERE / "one_engine.py"), json.dumps(arguments), json.dumps(fields or {})]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -34,11 +34,25 @@ def check(found: dict, expected: list[list[int]]) -> None:
     assert max(request["largest_difference"] for request in found["audited"]) < AUDIT_LIMIT
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_async_scheduling(expected, ranks):
-    found = run_engine("async", tensor_parallel_size=ranks)
+@pytest.fixture(scope="module", params=[1, 2], ids=["1rank", "2ranks"])
+def asynchronous(request) -> tuple[int, dict]:
+    """The number of ranks, and what was found with them."""
+    return request.param, run_engine("async", tensor_parallel_size=request.param)
+
+
+def test_async_scheduling(expected, asynchronous):
+    _, found = asynchronous
     assert found["async_scheduling"] is True
     check(found, expected)
+
+
+def test_adaptive_verification(expected, asynchronous):
+    """The same drafts, of which the target is given fewer."""
+    ranks, all_verified = asynchronous
+    found = run_engine("adaptive", {"enable_adaptive_verification": True}, tensor_parallel_size=ranks)
+    check(found, expected)
+    accepted = [one["stats"][0]["accepted_at"] for one in (found, all_verified)]
+    assert accepted[0][1] < accepted[1][1] / 2
 
 
 @pytest.fixture

@@ -29,8 +29,14 @@ K, MAX_REQS, MAX_LEN, BLOCK_SIZE = 3, 3, 96, 32
 PLANS = {scope: DraftPlan((1, 2, 1), scope) for scope in ("attention", "block")}
 SIZE = 3  # requests that a graph holds
 DRAFTED = {1: None, 2: 40}  # by the number of ranks: the lowest ids that may be drafted; None: all
-# Of each request of a round: tokens in the pages, and how many of the K + 1 tokens that the target read are kept.
-ROUNDS = [[(30, 1), (62, K + 1), (5, 3)], [(33, K + 1), (60, 2)]]
+# Of each request of a round: tokens in the pages, how many tokens the target read, and how many of them are kept.
+# Adaptive verification lets it read fewer than K + 1.
+ROUNDS = [
+    [(30, K + 1, 1), (62, K + 1, K + 1), (5, K + 1, 3)],
+    [(33, K + 1, K + 1), (60, K + 1, 2)],
+    [(33, 1, 1), (60, K + 1, K + 1), (9, 3, 2)],
+]
+State = list[tuple[int, int, int]]
 
 
 @dataclass
@@ -70,9 +76,9 @@ class Rounds:
         self.pages = pages.pages(slice(0, len(pages.layers))) if pages.layers else torch.zeros(1)
         self.filled = self.pages.clone()
 
-    def batch(self, state: list[tuple[int, int]]) -> DraftBatch:
+    def batch(self, state: State) -> DraftBatch:
         reqs = len(state)
-        lengths, kept = torch.tensor(state).T.contiguous()
+        lengths, read, kept = torch.tensor(state).T.contiguous()
         # vLLM's own table is refilled each step, and zeroed where a graph of the target's pads.
         self.loop.block_table.zero_()
         self.loop.block_table[:reqs] = self.drafter.block_table[:reqs]
@@ -81,8 +87,8 @@ class Rounds:
             num_reqs=reqs,
             num_drafts=K,
             idx_mapping=torch.arange(reqs),
-            input_ids=torch.randint(50, (reqs * (K + 1),), generator=generator).int(),
-            query_starts=torch.arange(reqs) * (K + 1),
+            input_ids=torch.randint(50, (int(read.sum()),), generator=generator).int(),
+            query_starts=read.cumsum(0) - read,
             start_positions=lengths,
             num_valid=kept,
             sampled=torch.ones(reqs, dtype=torch.bool),
@@ -95,7 +101,7 @@ class Rounds:
         )
 
     @torch.inference_mode()
-    def eager(self, state: list[tuple[int, int]], scope: str) -> Seen:
+    def eager(self, state: State, scope: str) -> Seen:
         self.pages.copy_(self.filled)
         batch = self.batch(state)
         self.loop.calibrate(batch)
@@ -103,7 +109,7 @@ class Rounds:
         return self.seen(batch)
 
     @torch.inference_mode()
-    def replayed(self, state: list[tuple[int, int]], scope: str) -> Seen:
+    def replayed(self, state: State, scope: str) -> Seen:
         self.pages.copy_(self.filled)
         self.loop.positions.random_(0, 50)  # of an earlier round
         self.loop.live.fill_(True)

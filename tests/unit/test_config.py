@@ -179,6 +179,7 @@ def test_to_vllm_passes_vllms_fields_and_keeps_ours_apart():
         "num_speculative_tokens_per_batch_size": [[1, 8, 4], [9, 64, 2]],
         "draft_tensor_parallel_size": 1,
         "use_local_argmax_reduction": True,
+        "enable_adaptive_verification": False,
     }
     assert options == {
         "layer_parallel": {**PLAN, "mlp": "auto"},
@@ -195,6 +196,12 @@ def test_to_vllm_passes_vllms_fields_and_keeps_ours_apart():
 def test_greedy_drafts_are_found_without_gathering_logits(method, written, used):
     config = EasySpecConfig.parse(easyspec(draft_sample_method=method, use_local_argmax_reduction=written))
     assert config.to_vllm()[0].get("use_local_argmax_reduction") is used
+
+
+def test_adaptive_verification_gathers_logits():
+    config = EasySpecConfig.parse(easyspec(enable_adaptive_verification=True))
+    assert config.to_vllm()[0].get("use_local_argmax_reduction") is None
+    assert config.to_vllm()[0]["enable_adaptive_verification"] is True
 
 
 @pytest.mark.parametrize(
@@ -240,6 +247,10 @@ WRONG = {
     "unknown inner key": (
         {"layer_parallel": {"group_sise": 2}},
         "unknown key 'layer_parallel.group_sise' with value 2. Did you mean 'group_size'.*Allowed are scope",
+    ),
+    "adaptive verification without logits": (
+        {"enable_adaptive_verification": True, "use_local_argmax_reduction": True},
+        "use_local_argmax_reduction=True is given together with enable_adaptive_verification=True.*Remove one",
     ),
     "unknown scope": ({"layer_parallel": {"scope": "mlp"}}, "layer_parallel.scope='mlp'.*'attention'.*'block'"),
     "a group of none": ({"layer_parallel": {"group_sizes": [1, 0, 4]}}, r"group_sizes\[1\]=0.*at least 1"),

@@ -16,6 +16,19 @@ class AsyncCpuPlatform(CpuPlatform):
         vllm_config.scheduler_config.async_scheduling = True
 
 
+class AdaptiveCpuPlatform(AsyncCpuPlatform):
+    """A CPU with adaptive verification, which vLLM ties to CUDA graphs: it measures its costs by them.
+
+    Here the costs are made up, so that some drafts are left out. vLLM chooses which, as on a GPU.
+    """
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config) -> None:
+        super().check_and_update_config(vllm_config)
+        type(vllm_config)._validate_adaptive_verification = lambda self: None
+        _verify_adaptively()
+
+
 class RayCpuPlatform(CpuPlatform):
     """A CPU whose ranks Ray places by a resource of its own, as it places GPU ranks by GPUs."""
 
@@ -23,13 +36,35 @@ class RayCpuPlatform(CpuPlatform):
 
 
 def activate() -> str | None:
-    """Named by EASYSPEC_TEST_PLATFORM: async or ray."""
+    """Named by EASYSPEC_TEST_PLATFORM: async, adaptive or ray."""
     import os
 
     kind = os.environ.get("EASYSPEC_TEST_PLATFORM")
     if kind == "ray":
         _give_ray_ranks_numbers()
-    return {"async": f"{__name__}.AsyncCpuPlatform", "ray": f"{__name__}.RayCpuPlatform", None: None}[kind]
+    return kind and f"{__name__}.{kind.capitalize()}CpuPlatform"
+
+
+def _verify_adaptively() -> None:
+    from vllm.v1.worker.gpu import model_runner
+    from vllm.v1.worker.gpu.spec_decode import adaptive_verification
+
+    manager = adaptive_verification.AdaptiveVerificationManager
+    create = model_runner.maybe_create_adaptive_verification_manager
+    if getattr(create, "_on_cpu", False):
+        return
+
+    def maybe_create(**arguments) -> manager | None:
+        created = create(**arguments)
+        if created is not None:
+            created.set_cost_curves([(16, 1.0)], [(tokens, 4 + tokens / 2) for tokens in range(1, 201)])
+        return created
+
+    maybe_create._on_cpu = True
+    model_runner.maybe_create_adaptive_verification_manager = maybe_create
+    model_runner.resolve_adaptive_cudagraph_mode = lambda mode, **_: mode
+    adaptive_verification.get_varlen_cudagraph_unsupported_backend = lambda *_, **__: None
+    adaptive_verification._assign_draft_token_budget_compiled = adaptive_verification._assign_draft_token_budget
 
 
 def _give_ray_ranks_numbers() -> None:
