@@ -110,7 +110,7 @@ class DraftStatistics:
         self.caught_up_tokens = 0  # that paused rounds had skipped and later rounds read
         self.eager_rounds = 0  # rounds whose fuzzy steps did not come from a graph
         self.replays = 0
-        self.low_acceptance_warnings = 0
+        self.warnings: Counter[str] = Counter()  # of `DraftWatch`, by name
         # Decoding requests by the tokens of their step that were kept (1 to K + 1); without drafts [0] and with [1].
         self.by_kept_tokens = torch.zeros(2, self.max_drafts + 2, dtype=torch.int64, device=self.device)
         self.ones = torch.ones(1, dtype=torch.int64, device=self.device)

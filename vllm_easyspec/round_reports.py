@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 FOLDER = "EASYSPEC_ROUND_REPORTS"  # of the environment: a folder with a socket for each engine
 SECONDS = 1.0  # between two reports
-COUNTERS = ("paused_rounds", "caught_up_tokens", "eager_rounds", "replays", "low_acceptance_warnings")
+COUNTERS = ("paused_rounds", "caught_up_tokens", "eager_rounds", "replays")
+WARNINGS = ("low_acceptance", "not_finite")
 
 
 def make_folder() -> None:
@@ -62,13 +63,14 @@ class RoundReporter:
 
     def _new(self, statistics: "DraftStatistics") -> dict[str, Any]:
         counts: Counter[Any] = Counter({name: getattr(statistics, name) for name in COUNTERS})
+        counts.update(statistics.warnings)
         counts.update(statistics.rounds_by_plan)
         # Counts that went down were reset by `easyspec_stats`.
         new = {key: count - self.counted[key] if count >= self.counted[key] else count for key, count in counts.items()}
         self.counted = counts
         return {
             "stage_seconds": statistics.clock.take_finished(),
-            "counters": {name: new[name] for name in COUNTERS},
+            "counters": {name: new[name] for name in (*COUNTERS, *WARNINGS) if name in new},
             "rounds": [
                 [num_drafts, plan.scope, plan.grouping, new[num_drafts, plan]]
                 for num_drafts, plan in statistics.rounds_by_plan

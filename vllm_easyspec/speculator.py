@@ -23,7 +23,7 @@ from vllm_easyspec.rank_check import assert_same_on_ranks
 from vllm_easyspec.round_reports import RoundReporter
 from vllm_easyspec.runtime import DrafterRuntime, build_runtime, draft_vllm_config, load_drafter, virtual_batch_config
 from vllm_easyspec.settings import DraftSettings, LiveSettings, scheduled_num_drafts
-from vllm_easyspec.watch import AcceptanceWatch
+from vllm_easyspec.watch import DraftWatch
 
 # Proposed where the drafter can't draft (its context is full, or K was lowered at run time): any valid id will do,
 # since the target tests it like every draft.
@@ -58,7 +58,7 @@ class EasySpecSpeculator(DraftModelSpeculator):
         self.scheduled_num_drafts = scheduled_num_drafts(vllm_config)
         self.statistics = DraftStatistics(device, self.num_speculative_steps)
         is_first = vllm_config.parallel_config.rank == 0
-        self.watch = AcceptanceWatch(device) if is_first else None
+        self.watch = DraftWatch(device) if is_first else None
         self.reporter = RoundReporter(vllm_config.parallel_config.data_parallel_rank) if is_first else None
         self.current_step = torch.zeros((), dtype=torch.int64, device=device)
         self.filler_logits: torch.Tensor | None = None  # one-hot at the filler
@@ -128,6 +128,9 @@ class EasySpecSpeculator(DraftModelSpeculator):
         drafts = self._filled_up(batch)
         clock.stop("draft")
 
+        if self.watch is not None and not batch.dummy:
+            hidden = runtime.loop.newest[: batch.num_reqs]
+            self.statistics.warnings += self.watch.after_round(self.statistics.by_kept_tokens, hidden)
         if self.options.check_ranks and not batch.dummy:
             self._check_ranks(batch, drafts)
         return drafts  # verify: the target reads them in the next step, and vLLM's rejection sampler decides
@@ -175,8 +178,6 @@ class EasySpecSpeculator(DraftModelSpeculator):
         tested = np.zeros(batch.num_reqs, dtype=bool) if drafts is None else drafts[: batch.num_reqs] > 0
         self.statistics.count_round(batch, tested, self._is_paused(batch))
         self.statistics.rounds_by_plan[batch.num_drafts, self.settings.current.plans.at(batch.num_reqs)] += 1
-        if self.watch is not None:
-            self.statistics.low_acceptance_warnings += self.watch.after_round(self.statistics.by_kept_tokens)
         if self.reporter is not None:
             self.reporter.after_round(self.statistics)
 

@@ -16,6 +16,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from vllm_easyspec.config import OPTIONS_KEY
 from vllm_easyspec.round_reports import address
+from vllm_easyspec.watch import PayoffWatch
 
 logger = init_logger("vllm.easyspec")
 
@@ -28,7 +29,9 @@ COUNTERS = {
     "caught_up_tokens": ("caught_up_tokens", "Tokens that paused rounds had skipped and later rounds calibrated."),
     "eager_rounds": ("eager_rounds", "Rounds whose drafting did not come from a CUDA graph."),
     "replays": ("graph_replays", "CUDA graphs replayed to calibrate or draft."),
-    "low_acceptance_warnings": ("low_acceptance", "Times that hardly any draft of some hundred rounds was accepted."),
+    "low_acceptance": ("low_acceptance", "Times that hardly any draft of some hundred rounds was accepted."),
+    "not_finite": ("not_finite", "Times that the drafter was found to compute NaN or infinity."),
+    "costs_time": ("costs_time", "Times that some hundred rounds took longer than what they brought is worth."),
 }
 
 
@@ -60,6 +63,7 @@ class EasySpecStatLogger(StatLoggerBase):
         self.labels = (vllm_config.model_config.served_model_name, str(engine_index))
         self.seconds: dict[str, list[float]] = {}  # by stage, since the last line in the log
         self.socket: socket.socket | None = None
+        self.payoff = PayoffWatch()
         metrics.cache_clear()
         path = address(engine_index)
         if OPTIONS_KEY in (vllm_config.additional_config or {}) and path is not None:
@@ -77,6 +81,9 @@ class EasySpecStatLogger(StatLoggerBase):
         """Called by vLLM after every step."""
         if self.socket is None:
             return
+        drafts = scheduler_stats and scheduler_stats.spec_decoding_stats
+        if drafts:
+            self.payoff.count_drafts(drafts.num_drafts, drafts.num_accepted_tokens)
         while True:
             try:
                 report = self.socket.recv(LARGEST_REPORT)
@@ -88,6 +95,7 @@ class EasySpecStatLogger(StatLoggerBase):
         for stage, seconds in report["stage_seconds"]:
             metrics()["stage_seconds"].labels(*self.labels, stage).observe(seconds)
             self.seconds.setdefault(stage, []).append(seconds)
+        report["counters"]["costs_time"] = int(self.payoff.add(report["stage_seconds"]))
         for name, count in report["counters"].items():
             metrics()[name].labels(*self.labels).inc(count)
         for num_drafts, scope, plan, count in report["rounds"]:

@@ -1,4 +1,4 @@
-"""Async scheduling, adaptive verification and Ray, which vLLM disables on a CPU, through a platform plugin of the tests."""
+"""Async scheduling, adaptive verification and Ray, which vLLM on a CPU lacks, through a platform plugin of the tests."""
 
 import json
 import os

@@ -14,6 +14,7 @@ from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.metrics import DraftStatistics
 from vllm_easyspec.round_reports import RoundReporter
 from vllm_easyspec.stat_logger import EasySpecStatLogger
+from vllm_easyspec.watch import ROUNDS
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAN = DraftPlan((1, 2, 1), "block")
@@ -58,6 +59,21 @@ def test_what_is_new_is_added_also_after_a_reset(folder):
     assert f'vllm:easyspec_rounds_total{{engine="0",model_name="served",{plan}}} 2.0' in found
     assert f"vllm:easyspec_paused_rounds_total{{{LABELS}}} 5.0" in found
     assert f'vllm:easyspec_stage_seconds_count{{{LABELS},stage="draft"}} 2.0' in found
+
+
+def test_warnings_are_counted(folder):
+    logger = EasySpecStatLogger(config(**{OPTIONS_KEY: {}}))
+    reporter, statistics = RoundReporter(0), DraftStatistics(torch.device("cpu"), 4)
+    for _ in range(ROUNDS):
+        for stage in ("draft", "verify"):
+            statistics.clock.start(stage)
+            statistics.clock.stop(stage)
+    statistics.warnings["not_finite"] += 1
+    reporter.after_round(statistics)
+    nothing_accepted = SimpleNamespace(num_drafts=1000, num_accepted_tokens=0)
+    logger.record(SimpleNamespace(spec_decoding_stats=nothing_accepted), None)
+    assert f"vllm:easyspec_not_finite_total{{{LABELS}}} 1.0" in lines()
+    assert f"vllm:easyspec_costs_time_total{{{LABELS}}} 1.0" in lines()
 
 
 def test_without_a_reader_rounds_go_on(folder):
