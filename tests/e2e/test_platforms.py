@@ -1,4 +1,4 @@
-"""Async scheduling, adaptive verification and Ray, which vLLM on a CPU lacks, through a platform plugin of the tests."""
+"""Async scheduling, adaptive verification and Ray, which a CPU in vLLM lacks: by a platform plugin of the tests."""
 
 import json
 import os
