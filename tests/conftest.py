@@ -22,6 +22,7 @@ SEVERAL_RANKS = {
         "drafter",
         "fidelity",
         "fit",
+        "fuzzed_rounds",
         "lookahead_drafter",
         "ranks",
     ),
