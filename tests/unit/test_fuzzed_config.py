@@ -69,7 +69,7 @@ def test_yaml_reads_what_yaml_writes(value):
         found = read_yaml(text, "file")
     except ConfigError as error:
         assert_one_line(error)
-        assert "*id" in text, "PyYAML writes equal lists as aliases, and only these are refused"  # noqa: PT017
+        assert "*id" in text, "PyYAML writes equal lists as aliases, and only these are refused"
         return
     assert repr(found) == repr(yaml.safe_load(text))
 
