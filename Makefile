@@ -1,4 +1,4 @@
-# make install | demo | tune | test | bench | gpu-check | gpu-rehearsal | lint | format | clean. Each does the set-up
+# make install | demo | tune | test | bench | soak | gpu-check | gpu-rehearsal | lint | format | clean. Each does the set-up
 # first where missing.
 #
 # TARGET       cuda or cpu; by default cuda if nvidia-smi lists a GPU
@@ -21,7 +21,7 @@ NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
 # compiled at installation either.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install demo tune test bench gpu-check gpu-rehearsal lint lint-python lint-cuda format clean
+.PHONY: install demo tune test bench soak gpu-check gpu-rehearsal lint lint-python lint-cuda format clean
 
 install: $(INSTALLED)
 
@@ -72,6 +72,11 @@ bench: $(INSTALLED)
 	$(BENCH) engine $(TINY_PAIR) --input-tokens 1900 --output-tokens 16 --concurrency 1 --requests 8 \
 		--baselines none,draft_model --json $(RESULTS)/engine-long-prompts-cpu.json
 	$(BIN)/python benchmarks/interpreted.py --json $(RESULTS)/interpreted-cpu.json
+
+# Mixed requests on one and two ranks, then long fuzzing; about half an hour.
+soak: $(INSTALLED)
+	$(BIN)/python tools/soak.py --json $(RESULTS)/soak-$(TARGET).json $(ARGS)
+	EASYSPEC_FUZZ_EXAMPLES=400 $(BIN)/pytest -q tests/unit/test_fuzzed_config.py tests/integration/test_fuzzed_rounds.py
 
 gpu-check: $(INSTALLED)
 	$(BIN)/python tools/gpu_check.py $(ARGS)
