@@ -4,7 +4,7 @@
 # TARGET       cuda or cpu; by default cuda if nvidia-smi lists a GPU
 # TORCH_INDEX  PyTorch's CPU wheel index, for a CPU host whose pip does not know one
 # PYTHON       the Python of .venv, 3.11 or newer; by default python3.11, which the tests run on, if it exists
-# ARGS         more arguments for pytest, the demo, tune or gpu-check
+# ARGS         more arguments for pytest, the demo, tune, gpu-check or gpu-rehearsal
 # WORKERS      tests at once; by default 2, and on CUDA 0, which is one after the other: engines share the GPU
 # RANKS, TUNED, TUNE_JSON    of make tune: ranks, and the files of its two results
 
@@ -81,7 +81,7 @@ soak: $(INSTALLED)
 gpu-check: $(INSTALLED)
 	$(BIN)/python tools/gpu_check.py $(ARGS)
 
-# The CUDA path on stub libraries, without a GPU: 5 GB of packages, then a minute or two per part.
+# gpu-check on stub libraries, without a GPU: 5 GB of packages, then some 50 minutes on two cores.
 gpu-rehearsal:
 	$(or $(PYTHON),python3) tools/gpu-rehearsal/rehearse.py $(ARGS)
 

@@ -67,17 +67,17 @@ class Probe(StepClock):
         return data.nbytes / (min(clock.medians()["draft"] or 1e9 for clock in clocks) / 1e3)
 
     def start_trace(self) -> None:
-        self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-        self.profiler.start()
+        self.bench_profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+        self.bench_profiler.start()
 
     def stop_trace(self) -> dict[str, list]:
         """What ran on the device since `start_trace`: names, and for each kernel or copy its name's index, its start
         and its duration in microseconds, in order."""
         torch.cuda.synchronize()
-        self.profiler.stop()
+        self.bench_profiler.stop()
         events = [
             event
-            for event in self.profiler.events()
+            for event in self.bench_profiler.events()
             if event.device_type == torch.autograd.DeviceType.CUDA and event.time_range.elapsed_us() > 0
         ]
         events.sort(key=lambda event: event.time_range.start)

@@ -10,8 +10,18 @@ BLOCK_SIZE, MAX_LEN, VOCAB = 16, 90, 500
 
 
 def arguments(lens, padding=0, write=True, seed=0):
-    """Requests of these lengths, some prefilling, some near the end; then `padding` requests as a graph adds them."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
+    """Requests of these lengths, some prefilling, some near the end; then `padding` requests as a graph adds them.
+
+    The same on every device.
+    """
+    device = torch.get_default_device()
+    with torch.device("cpu"):
+        found = arguments_on_cpu(lens, padding, write, seed)
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in found.items()}
+
+
+def arguments_on_cpu(lens, padding, write, seed):
+    generator = torch.Generator().manual_seed(seed)
 
     def integers(low, high, size):
         return torch.randint(low, high, (size,), generator=generator)

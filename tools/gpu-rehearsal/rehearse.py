@@ -1,10 +1,11 @@
 """The CUDA path without a GPU: real vLLM, torch, Triton and CUDA graphs on stub libraries whose kernels do nothing.
 
 `rehearse.py` creates what is missing of its environment in `.gpu-rehearsal/` (5 GB: CUDA's torch 2.11, the pruned vLLM
-of tools/offline-bundle, the stubs, this project's extension), then starts engines and drafters and captures their
-graphs. Values mean nothing, and no request is answered, since kernels that do nothing sample nothing. What it shows is
-every exception on the way to the first request: a module missing in the bundle, a wrong shape or argument of a launch,
-a host synchronization during graph capture (the stubs print FAULT), a plan whose graphs are not captured.
+of tools/offline-bundle, the stubs, a copy of this project), then runs gpu-check's own parts, by `tools/gpu_check.py`
+itself, and engines with settings that gpu-check doesn't have. Values mean nothing: `steering/` writes the numbers by
+which the host advances, and comparisons of values count as passed. What it shows is every other exception: a module
+missing in the bundle, a file missing in the checkout, a wrong shape or argument of a launch, a host synchronization
+during graph capture (the stubs end the process with a line FAULT), a round that drafts without a graph.
 
 Exit code 1 if a part failed. It needs Python 3.12, gcc, xz and a CUDA 13 toolkit.
 """
@@ -22,6 +23,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 HOME = ROOT / ".gpu-rehearsal"
+PROJECT = HOME / "project"
+NATIVE = PROJECT / "vllm_easyspec" / "_native.abi3.so"
 TORCH = ("torch==2.11.0", "triton==3.6.0", "transformers==5.17.0")
 # What else a GPU host's image has, as far as vLLM imports it.
 PACKAGES = (
@@ -31,23 +34,38 @@ PACKAGES = (
 ).split()
 STUBS = ("libcuda.so.1", "libcudart.so.13", "libcublasLt.so.13", "libcublas.so.13", "libnvidia-ml.so.1")
 
+# gpu-check, with other limits: a part may take longer on a few cores, and only two small engines start together.
+CHECK = """
+import sys
+from dataclasses import replace
+
+sys.path.insert(0, "tools")
+import gpu_check
+
+known, seconds = gpu_check.parts, float(sys.argv.pop(1))
+gpu_check.parts = lambda device: [replace(part, most_s=seconds) for part in known(device)]
+gpu_check.device_gib = lambda device: 18
+sys.exit(gpu_check.main())
+"""
 ENGINE = """
 import json, os, sys
-from vllm import LLM
-from vllm_easyspec.drafter import weights
+from vllm import LLM, SamplingParams
 
-weights._check_finite = lambda model: None  # of kernels that do nothing, sums are whatever lay in memory
 pair, arguments = sys.argv[1], json.loads(sys.argv[2])
-spec = dict(method="easyspec", model=f"{pair}/drafter", num_speculative_tokens=5) | arguments.pop("spec", {})
-shared = dict(max_model_len=512, max_num_seqs=16, gpu_memory_utilization=0.3, disable_log_stats=True)
-llm = LLM(f"{pair}/target", speculative_config=spec, **shared, **arguments)
-if spec["method"] == "easyspec" and not arguments.get("enforce_eager"):
-    before = llm.collective_rpc("easyspec_stats")[0]["graphs"]["captured"]
-    llm.collective_rpc("easyspec_configure", kwargs=dict(scope="block", plan="1-8-1"))
-    llm.collective_rpc("easyspec_capture", kwargs=dict(batch_sizes=[1, 6], num_speculative_tokens=[5]))
-    captured = llm.collective_rpc("easyspec_stats")[0]["graphs"]["captured"]
-    print(f"{before} graphs captured at start, {captured - before} after a change of plan", flush=True)
-    assert before and captured > before, "no graphs were captured"
+temperature, pauses = arguments.pop("temperature", 0), arguments.pop("pauses", False)
+spec = dict(method="easyspec", model=f"{pair}/drafter", num_speculative_tokens=5) | arguments
+llm = LLM(f"{pair}/target", speculative_config=spec, dtype="bfloat16", attention_config={"backend": "FLASH_ATTN"},
+          max_model_len=512, max_num_seqs=16, num_gpu_blocks_override=1024, async_scheduling=True)
+for requests in (1, 6, 16):
+    params = [SamplingParams(temperature=temperature, max_tokens=20 + 4 * i, ignore_eos=True) for i in range(requests)]
+    outs = llm.generate(["import os"] * requests, params, use_tqdm=False)
+    assert [len(out.outputs[0].token_ids) for out in outs] == [each.max_tokens for each in params]
+counted = llm.collective_rpc("easyspec_stats")[0]
+print({name: counted[name] for name in ("rounds", "paused_rounds", "caught_up_tokens", "graphs")}, flush=True)
+drafted = counted["rounds"] - counted["paused_rounds"]
+assert not counted["graphs"]["eager_rounds"], "rounds drafted without graphs"
+assert counted["graphs"]["replays"] > drafted > 0, "no calibration was replayed from a graph"
+assert (counted["paused_rounds"] > 0) == (counted["caught_up_tokens"] > 0) == pauses
 os._exit(0)  # what the stubs hold need not be taken down in order
 """
 STEP = """
@@ -60,22 +78,15 @@ print(len(rows), "cases replayed from graphs", flush=True)
 
 
 def parts() -> dict[str, tuple[str, str]]:
-    """Program and arguments of each part."""
-    bf16, f32 = {"dtype": "bfloat16"}, {"dtype": "float32"}
-    flash, triton = ({"attention_config": {"backend": name}} for name in ("FLASH_ATTN", "TRITON_ATTN"))
+    """Program and arguments of each part that gpu-check doesn't have."""
     tables = {"layer_parallel": {"plan": "1-4-4-1", "by_batch_size": [{"up_to": 4, "scope": "block", "plan": "1-8-1"}]}}
     by_size = {"num_speculative_tokens_per_batch_size": [[1, 4, 5], [5, 8, 2], [9, 16, 0]]}
-    maps = {"lookahead": str(ROOT / "examples" / "tiny-pair" / "lookahead.safetensors")}
     engines = {
-        "eager": f32 | triton | {"enforce_eager": True},
-        "float32-triton": f32 | triton,
-        "bfloat16-flash": bf16 | flash,
-        "sampled-drafts": bf16 | flash | {"spec": {"draft_sample_method": "probabilistic"}},
-        "k-by-batch-size": bf16 | flash | {"spec": by_size},
-        "plans-by-batch-size": bf16 | flash | {"spec": tables},
-        "lookahead": bf16 | flash | {"spec": maps},
-        "quantized": bf16 | flash | {"spec": {"quantization": "int8_per_channel_weight_only", "draft_vocabulary": 256}},
-        "draft-model": bf16 | flash | {"spec": {"method": "draft_model"}},
+        "sampled-drafts": {"draft_sample_method": "probabilistic", "temperature": 1},
+        "k-by-batch-size": by_size | {"pauses": True},
+        "plans-by-batch-size": tables,
+        "lookahead": {"lookahead": str(ROOT / "examples" / "tiny-pair" / "lookahead.safetensors")},
+        "quantized": {"quantization": "int8_per_channel_weight_only", "draft_vocabulary": 256},
     }
     pair, shapes = ROOT / "examples" / "tiny-pair", ROOT / "tests" / "fixtures" / "hf_configs"
     found = {name: (ENGINE, f"{pair}\n{json.dumps(arguments)}") for name, arguments in engines.items()}
@@ -97,6 +108,12 @@ def python_3_12() -> str:
     sys.exit("rehearsal: no Python 3.12, the GPU host's version. Install it as python3.12, or with pyenv")
 
 
+def is_built() -> bool:
+    """Whether the operators have been built from the present sources."""
+    sources = [ROOT / "setup.py", *(ROOT / "csrc").iterdir()]
+    return NATIVE.exists() and all(NATIVE.stat().st_mtime > file.stat().st_mtime for file in sources)
+
+
 def set_up() -> None:
     """Create what is missing."""
     HOME.mkdir(exist_ok=True)
@@ -112,33 +129,62 @@ def set_up() -> None:
         run("tar", "-xJf", HOME / "site.tar.xz", "-C", HOME / "site")
     shutil.copytree(HERE, HOME / "stubs", dirs_exist_ok=True)
     run("make", "-s", "-C", HOME / "stubs")
-    # The project as a GPU host builds it, except for the CUDA runtime, which must be the stubs'.
-    project = HOME / "project"
-    shutil.rmtree(project, ignore_errors=True)
-    for folder in ("csrc", "vllm_easyspec"):
-        shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, project)
-    setup = f"cd '{project}' && '{python}' setup.py -q egg_info build_ext --inplace"
-    # NVCC_APPEND_FLAGS is nvcc's own variable.
-    flags = {"EASYSPEC_NATIVE": "required", "EASYSPEC_NVCC_ARCH": "sm_90", "NVCC_APPEND_FLAGS": "-cudart=shared"}
-    run("sh", "-c", setup, **flags)
+    # What a checkout holds, so that a part that needs another file fails here too, and what was built from it.
+    built = NATIVE.rename(HOME / NATIVE.name) if is_built() else None
+    shutil.rmtree(PROJECT, ignore_errors=True)
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout.decode()
+    for name in listed.split("\0"):
+        if (ROOT / name).is_file():
+            (PROJECT / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, PROJECT / name)
+    if built:
+        built.rename(NATIVE)
+    run("sh", "-c", f"cd '{PROJECT}' && '{python}' setup.py -q egg_info")
+    # vLLM finds plugins by a distribution's metadata.
+    metadata = HOME / "stubs" / "steering" / "easyspec_rehearsal-0.dist-info"
+    metadata.mkdir(exist_ok=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: easyspec-rehearsal\nVersion: 0\n")
+    (metadata / "entry_points.txt").write_text("[vllm.general_plugins]\nrehearsal = steer:register\n")
 
 
-def rehearse(name: str, program: str, arguments: str, seconds: float) -> str:
-    """The part's outcome; its output goes to `.gpu-rehearsal/NAME.log`."""
+def environment() -> dict[str, str]:
+    """Of every part: docs/gpu-check.md's for a host without network, and the stubs."""
     stubs = HOME / "stubs" / "lib"
-    environment = os.environ | {
+    return os.environ | {
         "LD_LIBRARY_PATH": str(stubs),
         "LD_PRELOAD": " ".join(str(stubs / library) for library in STUBS),
         "TRITON_LIBCUDA_PATH": str(stubs),
-        "PYTHONPATH": os.pathsep.join(map(str, (HOME / "project", HOME / "site"))),
+        "PYTHONFAULTHANDLER": "1",
+        "PYTHONPYCACHEPREFIX": str(HOME / "pyc"),
+        "PYTHONPATH": os.pathsep.join(map(str, (PROJECT, HOME / "site", HOME / "stubs" / "steering"))),
+        "PYTEST_ADDOPTS": "-p accept_comparisons",
+        "EASYSPEC_NVCC_ARCH": "sm_90",
+        # The CUDA runtime must be the stubs'. This is nvcc's own variable.
+        "NVCC_APPEND_FLAGS": "-cudart=shared",
         "VLLM_USE_V2_MODEL_RUNNER": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
+
+
+def check(names: list[str], seconds: float) -> dict[str, str]:
+    """The outcomes of gpu-check's parts, all of them if there are no `names`."""
+    results, script = HOME / "results", HOME / "gpu-check.py"
+    shutil.rmtree(results, ignore_errors=True)
+    script.write_text(CHECK)
+    command = [HOME / "venv" / "bin" / "python", script, str(seconds), "--jobs", "1", "--budget", "1e9"]
+    command += ["--results", results, *(["--only", *names] if names else [])]
+    done = subprocess.run(command, env=environment(), cwd=PROJECT)
+    found = [json.loads(file.read_text()) for file in results.glob("gpu-*.json")]
+    outcomes = dict.fromkeys(names, "not run") | {each["part"]: each["outcome"] for each in found if "part" in each}
+    return outcomes | ({"gpu-check": f"exit code {done.returncode}"} if done.returncode else {})
+
+
+def rehearse(name: str, program: str, arguments: str, seconds: float) -> str:
+    """The part's outcome; its output goes to `.gpu-rehearsal/NAME.log`."""
     script = HOME / f"{name}.py"
     # vLLM's processes import the main module again.
     script.write_text(
@@ -149,30 +195,33 @@ def rehearse(name: str, program: str, arguments: str, seconds: float) -> str:
     with log.open("w") as output:
         try:
             done = subprocess.run(
-                command, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=seconds, cwd=HOME / "project"
+                command, env=environment(), stdout=output, stderr=subprocess.STDOUT, timeout=seconds, cwd=PROJECT
             )
         except subprocess.TimeoutExpired:
             return f"no end after {seconds:.0f} s"
-    text = log.read_text(errors="replace")
-    if "FAULT" in text:
-        return next(line for line in text.splitlines() if "FAULT" in line)
-    last = text.strip().splitlines()[-1:]
+    last = log.read_text(errors="replace").strip().splitlines()[-1:]
     return "passed" if done.returncode == 0 else f"failed with exit code {done.returncode}: {last}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = parts()
-    parser.add_argument("--only", nargs="+", choices=list(known), metavar="PART", default=list(known))
-    parser.add_argument("--seconds", type=float, default=400, help="the limit of a part")
+    own = parts()
+    parser.add_argument("--only", nargs="+", metavar="PART", help=f"parts of gpu-check, or {' '.join(own)}")
+    parser.add_argument("--seconds", type=float, default=1800, help="the limit of a part")
     args = parser.parse_args()
     set_up()
-    outcomes = {}
-    for name in args.only:
-        began = time.monotonic()
-        outcomes[name] = rehearse(name, *known[name], args.seconds)
-        print(f"{name} | {time.monotonic() - began:.0f} s | {outcomes[name]}", flush=True)
-    return int(any(outcome != "passed" for outcome in outcomes.values()))
+    chosen = [name for name in args.only or () if name not in own]
+    if args.only and not is_built() and "build" not in chosen:
+        chosen.append("build")  # it runs first
+    outcomes = check(chosen, args.seconds) if chosen or not args.only else {}
+    for name in args.only or own:
+        if name in own:
+            began = time.monotonic()
+            outcomes[name] = rehearse(name, *own[name], args.seconds)
+            print(f"{name} | {time.monotonic() - began:.0f} s | {outcomes[name]}", flush=True)
+    failed = {name: outcome for name, outcome in outcomes.items() if not outcome.startswith(("passed", "skipped"))}
+    print("\n".join(f"{name}: {outcome}" for name, outcome in failed.items()) or "rehearsal: every part passed")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":
