@@ -69,7 +69,11 @@ class DoctorOptions:
     """Options of `doctor`."""
 
     config: str | None = option(
-        "a path to YAML or JSON, or inline JSON", "config", default=None, nargs="?", metavar="CONFIG"
+        "a path to YAML or JSON, a name in configs/, or inline JSON",
+        "config",
+        default=None,
+        nargs="?",
+        metavar="CONFIG",
     )
     live: str | None = option(
         "in place of CONFIG: the address of a running server, to tell from its metrics whether speculation pays",

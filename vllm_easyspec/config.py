@@ -1,4 +1,5 @@
-"""What a user writes: a path to YAML or JSON, inline JSON, or a dict, read into a frozen `EasySpecConfig`.
+"""What a user writes, read into a frozen `EasySpecConfig`: a path to YAML or JSON, the name of a configuration that
+comes with this package, inline JSON, or a dict.
 
 Every refusal is a `ConfigError` of one line that names the field, its value, what is allowed and the remedy. Nothing
 here imports vLLM: the file is read before an engine exists, and by `vllm-easyspec doctor` without one.
@@ -17,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from vllm_easyspec.documents import read_json, read_yaml
+from vllm_easyspec.documents import find, read_file, read_json
 from vllm_easyspec.drafter.plan import DraftPlan, PlanTable, Scope, parse_grouping
 from vllm_easyspec.errors import ConfigError, shown
 
@@ -440,7 +441,7 @@ class EasySpecConfig(RuntimeOptions):
 
     @classmethod
     def parse(cls, value: str | Path | Mapping[str, Any], source: str = "") -> "EasySpecConfig":
-        """Read a configuration from a path, inline JSON or a dict. Raises `ConfigError`.
+        """Read a configuration from a path, a shipped file's name, inline JSON or a dict. Raises `ConfigError`.
 
         `source` names where a dict came from; it defaults to the path.
         """
@@ -496,12 +497,12 @@ class EasySpecConfig(RuntimeOptions):
 
 
 def is_path(value: Any) -> bool:
-    """Whether `value` is a path to a file, rather than inline JSON or a dict."""
+    """Whether `value` is a path to a file or a shipped file's name, rather than inline JSON or a dict."""
     return isinstance(value, Path) or (isinstance(value, str) and not value.lstrip().startswith("{"))
 
 
 def load(value: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """Read a path to YAML or JSON, inline JSON, or a dict into a plain dict, of whatever method. Raises `ConfigError`.
+    """Read what `EasySpecConfig.parse` takes into a plain dict, of whatever method. Raises `ConfigError`.
 
     In an easyspec file a `model`, `lookahead` or `draft_vocabulary` that begins with ./ or ../ counts from the file's
     folder; nothing else is changed.
@@ -510,8 +511,8 @@ def load(value: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         return dict(value)
     if not is_path(value):
         return _mapping(read_json(str(value), "the inline configuration"), "the inline configuration")
-    path = Path(value).expanduser()
-    config = _mapping(_parse_file(path), str(path))
+    path = find(value)
+    config = _mapping(read_file(path), str(path))
     if is_easyspec(config):
         for name in ("model", "lookahead", "draft_vocabulary"):
             written = config.get(name)
@@ -530,18 +531,6 @@ def is_easyspec(config: Mapping[str, Any]) -> bool:
     if method is None and "layer_parallel" in config:
         raise ConfigError("method is missing, but layer_parallel is given. Write method: easyspec")
     return False
-
-
-def _parse_file(path: Path) -> Any:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ConfigError(
-            f"speculative_config={str(path)!r} can't be read: {reason}. Give the path of a YAML or JSON file, inline "
-            'JSON such as {"method": "easyspec", ...}, or (in Python) a dict'
-        ) from error
-    return (read_json if path.suffix == ".json" else read_yaml)(text, str(path))
 
 
 def _mapping(config: Any, source: str) -> dict[str, Any]:

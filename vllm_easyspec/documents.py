@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Hashable
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -10,6 +11,35 @@ from vllm_easyspec.errors import ConfigError, shown
 
 MOST_BYTES = 1 << 20
 MOST_LEVELS = 32
+
+
+def shipped() -> dict[str, Path]:
+    """The configurations that come with this package, by name."""
+    package = Path(__file__).parent
+    folder = package / "configs"
+    if not folder.is_dir():  # a checkout, of which setup.py makes the installed folder
+        folder = package.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find(value: str | Path) -> Path:
+    """The file of a path, or of the name of a shipped configuration. An existing file goes first."""
+    path = Path(value).expanduser()
+    return path if path.is_file() else shipped().get(str(value), path)
+
+
+def read_file(path: Path) -> Any:
+    """The content of a YAML or JSON file. Raises `ConfigError`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        names = f"one of the names {', '.join(shipped())}, " if path.name == str(path) else ""
+        raise ConfigError(
+            f"speculative_config={str(path)!r} can't be read: {reason}. Give the path of a YAML or JSON file, {names}"
+            'inline JSON such as {"method": "easyspec", ...}, or (in Python) a dict'
+        ) from error
+    return (read_json if path.suffix == ".json" else read_yaml)(text, str(path))
 
 
 def read_yaml(text: str, source: str) -> Any:
