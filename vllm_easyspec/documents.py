@@ -1,4 +1,4 @@
-"""Reads a user's YAML and JSON into plain data: strictly, in bounded time, with a one-line error."""
+"""Reads a user's YAML and JSON strictly, in bounded time, with errors of one line; writes files whole."""
 
 import json
 from collections.abc import Hashable
@@ -40,6 +40,16 @@ def read_file(path: Path) -> Any:
             'inline JSON such as {"method": "easyspec", ...}, or (in Python) a dict'
         ) from error
     return (read_json if path.suffix == ".json" else read_yaml)(text, str(path))
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replace the file at once: it has its old content or all of the new, even if this process is stopped."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def read_yaml(text: str, source: str) -> Any:
