@@ -10,6 +10,7 @@ import yaml
 from vllm_easyspec.errors import ConfigError, shown
 
 MOST_BYTES = 1 << 20
+MOST_YAML_BYTES = 1 << 16  # PyYAML takes a second for as many
 MOST_LEVELS = 32
 
 
@@ -54,7 +55,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 def read_yaml(text: str, source: str) -> Any:
     """Raises `ConfigError` that names `source`, the place and what is wrong there."""
-    _check_size(text, source)
+    _check_size(text, source, MOST_YAML_BYTES)
     try:
         return yaml.load(text, _StrictLoader)
     except yaml.MarkedYAMLError as error:
@@ -79,10 +80,10 @@ def read_json(text: str, source: str) -> Any:
     raise ConfigError(f"{source} is not valid JSON: {reason}. Correct it there") from None
 
 
-def _check_size(text: str, source: str) -> None:
-    if len(text) > MOST_BYTES:
+def _check_size(text: str, source: str, most: int = MOST_BYTES) -> None:
+    if len(text) > most:
         raise ConfigError(
-            f"{source} holds {len(text):,} characters where a configuration has at most {MOST_BYTES:,}. Give the "
+            f"{source} holds {len(text):,} characters where a configuration has at most {most:,}. Give the "
             "configuration's file"
         )
 
