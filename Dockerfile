@@ -2,7 +2,7 @@
 #
 #   docker build -t vllm-easyspec .
 #   docker run --gpus all --ipc=host -p 8000:8000 vllm-easyspec TARGET --tensor-parallel-size 8 \
-#       --speculative-config /vllm-easyspec/configs/NAME.yaml
+#       --speculative-config NAME   # of a file in configs/, such as llama-3.3-70b-with-3.2-1b
 #
 # The version that the tests run on; it has to lie in pyproject.toml's range, or pip would replace the image's vLLM.
 FROM vllm/vllm-openai:v0.32.0

@@ -1,10 +1,11 @@
-"""Builds the native operators (csrc/) if there are a compiler and torch; everything else is in pyproject.toml.
+"""Builds the native operators (csrc/) if there are a compiler and torch, and puts configs/ into the package; everything
+else is in pyproject.toml.
 
 Without them the package works too, on plain torch, and says so once when it is used. Environment variables:
 
     CUDA_HOME, CUDA_PATH      the CUDA toolkit, if its compiler is not the first on PATH
     EASYSPEC_NVCC_ARCH        its -arch, by default all-major; native compiles only for this machine's GPU, and faster
-    EASYSPEC_NATIVE=required  a build without the operators fails
+    EASYSPEC_NATIVE=required  a build without the operators fails; none does not build them
 """
 
 import os
@@ -17,9 +18,11 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 SOURCES = Path("csrc")
+CONFIGS = sorted(path for path in Path("configs").glob("*.yaml") if not path.stem.startswith("tiny-pair"))
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11, the oldest supported torch
 
 
@@ -27,6 +30,18 @@ def torch_folder() -> Path | None:
     """The folder of torch, also in pip's isolated build, which hides the environment's packages."""
     spec = PathFinder.find_spec("torch", [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
     return Path(spec.origin).parent if spec and spec.origin else None
+
+
+class BuildPython(build_py):
+    """Adds the configurations, except for the tiny pair's, whose checkpoints only a checkout has."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            folder = str(Path(self.build_lib, "vllm_easyspec", "configs"))
+            self.mkpath(folder)
+            for path in CONFIGS:
+                self.copy_file(str(path), folder)
 
 
 class BuildNative(build_ext):
@@ -72,11 +87,17 @@ def native(name: str, *flags: str) -> Extension:
 
 
 # ops/native.py chooses by processor. With CUDA few CPU kernels matter, so one build is enough.
-if platform.machine() == "x86_64":
+if os.environ.get("EASYSPEC_NATIVE") == "none":
+    extensions = []
+elif platform.machine() == "x86_64":
     extensions = [native("vllm_easyspec._native", "-march=x86-64-v3")]
     if nvcc(torch_folder()) is None:
         wide = ("-march=x86-64-v4", "-mprefer-vector-width=512")
         extensions.append(native("vllm_easyspec._native_avx512", *wide))
 else:
     extensions = [native("vllm_easyspec._native")]
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildNative}, options={"bdist_wheel": {"py_limited_api": "cp311"}})
+setup(
+    ext_modules=extensions,
+    cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)

@@ -25,8 +25,9 @@ from typing import Any
 import torch
 from shapes import model_folder
 
-from vllm_easyspec.bench.results import surroundings, write, write_text
+from vllm_easyspec.bench.results import surroundings, write
 from vllm_easyspec.bench.step_clock import StepClock
+from vllm_easyspec.documents import write_whole
 from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.metrics import StageClock
 
@@ -205,7 +206,7 @@ def measure_stages(name: str, arm: str, device: str, turn: Path | None, save: Sa
             rows = time_easyspec(llm, json.loads((Path(drafter) / "config.json").read_text()), device)
         save(rows)
         if arm == "easyspec" and device == "cuda":
-            write_text(trace, json.dumps(surroundings() | {"drafter": name, "traces": trace_plans(llm)}))
+            write_whole(trace, json.dumps(surroundings() | {"drafter": name, "traces": trace_plans(llm)}))
     return rows
 
 

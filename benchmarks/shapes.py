@@ -6,7 +6,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from vllm_easyspec.bench.results import write_text
+from vllm_easyspec.documents import write_whole
 
 SHAPES = Path(__file__).resolve().parent.parent / "tests" / "fixtures" / "hf_configs"
 
@@ -19,5 +19,5 @@ def model_folder(name: str, **changes: Any) -> str:
     text = json.dumps(json.loads((SHAPES / name / "config.json").read_text()) | changes)
     folder = Path(tempfile.gettempdir()) / "easyspec-shapes" / f"{name}-{zlib.crc32(text.encode()):08x}"
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.json", text)
+    write_whole(folder / "config.json", text)
     return str(folder)

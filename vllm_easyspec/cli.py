@@ -69,7 +69,11 @@ class DoctorOptions:
     """Options of `doctor`."""
 
     config: str | None = option(
-        "a path to YAML or JSON, or inline JSON", "config", default=None, nargs="?", metavar="CONFIG"
+        "a path to YAML or JSON, a name in configs/, or inline JSON",
+        "config",
+        default=None,
+        nargs="?",
+        metavar="CONFIG",
     )
     live: str | None = option(
         "in place of CONFIG: the address of a running server, to tell from its metrics whether speculation pays",
@@ -98,15 +102,16 @@ def _doctor(options: DoctorOptions) -> str:
     if options.config is None or options.live is not None:
         raise CommandError("give either CONFIG, with its options, or --live URL, which has none")
 
+    config = EasySpecConfig.parse(options.config)
+    if options.drafter is not None:
+        config = config.model_copy(update={"model": options.drafter})
+
     from huggingface_hub.utils import logging
 
     from vllm_easyspec.bench.prompts import read_prompts
     from vllm_easyspec.doctor import diagnose
 
     logging.set_verbosity_error()
-    config = EasySpecConfig.parse(options.config)
-    if options.drafter is not None:
-        config = config.model_copy(update={"model": options.drafter})
     prompts = read_prompts(options.prompts, options.model or config.model) if options.prompts else []
     ranks = options.tensor_parallel_size
     return "\n".join(diagnose(config, ranks, options.model, options.dtype, options.device, prompts))

@@ -1,4 +1,5 @@
-"""What a user writes: a path to YAML or JSON, inline JSON, or a dict, read into a frozen `EasySpecConfig`.
+"""What a user writes, read into a frozen `EasySpecConfig`: a path to YAML or JSON, the name of a configuration that
+comes with this package, inline JSON, or a dict.
 
 Every refusal is a `ConfigError` of one line that names the field, its value, what is allowed and the remedy. Nothing
 here imports vLLM: the file is read before an engine exists, and by `vllm-easyspec doctor` without one.
@@ -17,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from vllm_easyspec.documents import read_json, read_yaml
+from vllm_easyspec.documents import find, read_file, read_json
 from vllm_easyspec.drafter.plan import DraftPlan, PlanTable, Scope, parse_grouping
 from vllm_easyspec.errors import ConfigError, shown
 
@@ -26,6 +27,7 @@ OPTIONS_KEY = "easyspec"  # in vLLM's additional_config
 LOOKAHEAD_HASH_KEY = "lookahead_sha256"  # next to the options there
 VOCABULARY_HASH_KEY = "draft_vocabulary_sha256"  # likewise
 MOST_ERRORS = 5  # shown for one configuration
+MOST_RANGES = 256  # of batch sizes, likewise
 MOST_DRAFTS = 256  # far more than can pay off; catches typing errors before the engine starts
 
 MlpMode = Literal["auto", "tensor", "replicate"]
@@ -94,11 +96,12 @@ def _read_grouping(value: Any) -> Any:
 
 def _read_vocabulary(value: Any) -> Any:
     """A number of tokens or a path."""
-    if (type(value) is int and value >= 1) or (isinstance(value, str) and value) or value is None:
+    if (type(value) is int and value >= 1) or (isinstance(value, str) and 1 <= len(value) <= 4096) or value is None:
         return value
     raise PydanticCustomError("draft_vocabulary", "it is neither a number of at least 1 nor a path")
 
 
+PathText = Annotated[str, Field(min_length=1, max_length=4096, pattern="^[^\\x00]*$")]
 Grouping = Annotated[str, BeforeValidator(_read_grouping)]
 BY_RULE = {"group_size", "precise_head", "precise_tail"}
 
@@ -223,6 +226,7 @@ class LayerParallelConfig(PlanConfig):
     by_batch_size: tuple[BatchSizePlanConfig, ...] = Field(
         default=(),
         strict=False,
+        max_length=MOST_RANGES,
         description="a list of plans and K for ranges of batch sizes, such as [{up_to: 4, scope: block, plan: 1-8-1, "
         "num_speculative_tokens: 3}]; larger batches take the plan and the K outside the list",
     )
@@ -238,8 +242,8 @@ class LayerParallelConfig(PlanConfig):
                 )
             if following is not None and following <= end:
                 raise ValueError(
-                    f"by_batch_size[{index + 1}].up_to={following} is not above the {end} of the entry before. Order "
-                    "the entries by up_to, each larger than the last"
+                    f"by_batch_size[{index + 1}].up_to={shown(following)} is not above the {shown(end)} of the entry "
+                    "before. Order the entries by up_to, each larger than the last"
                 )
         return self
 
@@ -287,8 +291,8 @@ class RuntimeOptions(_Strict):
         default=False,
         description="true or false; true asserts every round that all ranks drafted the same tokens (debugging)",
     )
-    lookahead: str | None = Field(
-        default=None, min_length=1, description="a file of look-ahead maps, which vllm-easyspec fit writes"
+    lookahead: PathText | None = Field(
+        default=None, description="a file of look-ahead maps, which vllm-easyspec fit writes"
     )
     quantization: Quantization | None = Field(
         default=None,
@@ -341,7 +345,7 @@ class EasySpecConfig(RuntimeOptions):
     """One easyspec configuration, as written in YAML."""
 
     method: Literal["easyspec"] = Field(description="'easyspec'")
-    model: str = Field(min_length=1, description="the drafter: a folder, or a name on the Hugging Face hub")
+    model: PathText = Field(description="the drafter: a folder, or a name on the Hugging Face hub")
     num_speculative_tokens: int = Field(
         ge=1, le=MOST_DRAFTS, description=f"tokens drafted per round (K): an integer from 1 to {MOST_DRAFTS}, such as 5"
     )
@@ -353,12 +357,13 @@ class EasySpecConfig(RuntimeOptions):
     rejection_sample_method: Literal["standard", "synthetic", "block"] | None = Field(
         default=None, description="'standard', 'synthetic' (benchmarks) or 'block'"
     )
-    synthetic_acceptance_rates: list[float] | None = Field(
+    synthetic_acceptance_rates: list[Annotated[float, Field(allow_inf_nan=False)]] | None = Field(
         default=None,
         description="with rejection_sample_method: synthetic, one rate from 0 to 1 for each drafted position",
     )
     synthetic_acceptance_length: float | None = Field(
         default=None,
+        allow_inf_nan=False,
         description="with rejection_sample_method: synthetic, a number from 1 to num_speculative_tokens + 1",
     )
     max_model_len: int | None = Field(
@@ -397,7 +402,7 @@ class EasySpecConfig(RuntimeOptions):
         for index, num_drafts in given:
             if num_drafts is None:
                 continue
-            name = f"layer_parallel.by_batch_size[{index}].num_speculative_tokens={num_drafts}"
+            name = f"layer_parallel.by_batch_size[{index}].num_speculative_tokens={shown(num_drafts)}"
             if self.num_speculative_tokens_per_batch_size is not None:
                 raise ValueError(
                     f"{name} is given together with num_speculative_tokens_per_batch_size="
@@ -453,7 +458,7 @@ class EasySpecConfig(RuntimeOptions):
 
     @classmethod
     def parse(cls, value: str | Path | Mapping[str, Any], source: str = "") -> "EasySpecConfig":
-        """Read a configuration from a path, inline JSON or a dict. Raises `ConfigError`.
+        """Read a configuration from a path, a shipped file's name, inline JSON or a dict. Raises `ConfigError`.
 
         `source` names where a dict came from; it defaults to the path.
         """
@@ -461,7 +466,7 @@ class EasySpecConfig(RuntimeOptions):
         fields = {str(key).replace("-", "_"): part for key, part in load(value).items()}
         prefix = f"{source}: " if source else ""
         if fields.get("method") != METHOD:
-            raise ConfigError(f"{prefix}method={fields.get('method')!r} is not easyspec. Write method: easyspec")
+            raise ConfigError(f"{prefix}method={shown(fields.get('method'))} is not easyspec. Write method: easyspec")
         _refuse_known_fields(fields, prefix)
         try:
             return cls.model_validate(fields)
@@ -500,7 +505,12 @@ class EasySpecConfig(RuntimeOptions):
     def check_model(self) -> None:
         """Raise `ConfigError` if `model` is a path on this machine without a model."""
         path = Path(self.model).expanduser()
-        if not (path / "config.json").is_file() and (path.exists() or _looks_like_path(self.model)):
+        try:
+            is_folder = (path / "config.json").is_file()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise ConfigError(f"model={shown(self.model)} is no path: {reason}. Give the drafter's folder") from error
+        if not is_folder and (path.exists() or _looks_like_path(self.model)):
             what = "is not a folder with a config.json" if path.exists() else "does not exist"
             raise ConfigError(
                 f"model={self.model!r} {what}. Give the drafter's folder (a path that begins with ./ or ../ in a file "
@@ -509,12 +519,12 @@ class EasySpecConfig(RuntimeOptions):
 
 
 def is_path(value: Any) -> bool:
-    """Whether `value` is a path to a file, rather than inline JSON or a dict."""
+    """Whether `value` is a path to a file or a shipped file's name, rather than inline JSON or a dict."""
     return isinstance(value, Path) or (isinstance(value, str) and not value.lstrip().startswith("{"))
 
 
 def load(value: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """Read a path to YAML or JSON, inline JSON, or a dict into a plain dict, of whatever method. Raises `ConfigError`.
+    """Read what `EasySpecConfig.parse` takes into a plain dict, of whatever method. Raises `ConfigError`.
 
     In an easyspec file a `model`, `lookahead` or `draft_vocabulary` that begins with ./ or ../ counts from the file's
     folder; nothing else is changed.
@@ -523,13 +533,17 @@ def load(value: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         return dict(value)
     if not is_path(value):
         return _mapping(read_json(str(value), "the inline configuration"), "the inline configuration")
-    path = Path(value).expanduser()
-    config = _mapping(_parse_file(path), str(path))
+    path = find(value)
+    config = _mapping(read_file(path), str(path))
     if is_easyspec(config):
         for name in ("model", "lookahead", "draft_vocabulary"):
             written = config.get(name)
             if isinstance(written, str) and written.startswith(("./", "../")):
-                config[name] = str((path.parent / written).resolve())
+                try:
+                    config[name] = str((path.parent / written).resolve())
+                except (OSError, ValueError) as error:  # too long, or with characters that no path has
+                    reason = getattr(error, "strerror", None) or str(error)
+                    raise ConfigError(f"{path}: {name}={shown(written)} is no path: {reason}. Correct it") from error
     return config
 
 
@@ -539,22 +553,10 @@ def is_easyspec(config: Mapping[str, Any]) -> bool:
     if method == METHOD:
         return True
     if isinstance(method, str) and re.sub("[^a-z]", "", method.lower()) == METHOD:
-        raise ConfigError(f"method={method!r} is unknown. Write method: easyspec")
+        raise ConfigError(f"method={shown(method)} is unknown. Write method: easyspec")
     if method is None and "layer_parallel" in config:
         raise ConfigError("method is missing, but layer_parallel is given. Write method: easyspec")
     return False
-
-
-def _parse_file(path: Path) -> Any:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise ConfigError(
-            f"speculative_config={str(path)!r} can't be read: {reason}. Give the path of a YAML or JSON file, inline "
-            'JSON such as {"method": "easyspec", ...}, or (in Python) a dict'
-        ) from error
-    return (read_json if path.suffix == ".json" else read_yaml)(text, str(path))
 
 
 def _mapping(config: Any, source: str) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from vllm_easyspec import support
 from vllm_easyspec.config import EasySpecConfig
 from vllm_easyspec.drafter.architectures import DrafterShape
@@ -183,6 +185,10 @@ def _count_token_ids(target: str) -> int | None:
 
 
 def _this_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    if not (torch.version.cuda or torch.version.hip or torch.version.xpu):
+        return "cpu"
     from vllm.platforms import current_platform
 
     return current_platform.device_type

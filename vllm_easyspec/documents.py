@@ -1,7 +1,8 @@
-"""Reads a user's YAML and JSON into plain data: strictly, in bounded time, with a one-line error."""
+"""Reads a user's YAML and JSON strictly, in bounded time, with errors of one line; writes files whole."""
 
 import json
 from collections.abc import Hashable
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -9,12 +10,52 @@ import yaml
 from vllm_easyspec.errors import ConfigError, shown
 
 MOST_BYTES = 1 << 20
+MOST_YAML_BYTES = 1 << 16  # PyYAML takes a second for as many
 MOST_LEVELS = 32
+
+
+def shipped() -> dict[str, Path]:
+    """The configurations that come with this package, by name."""
+    package = Path(__file__).parent
+    folder = package / "configs"
+    if not folder.is_dir():  # a checkout, of which setup.py makes the installed folder
+        folder = package.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find(value: str | Path) -> Path:
+    """The file of a path, or of the name of a shipped configuration. An existing file goes first."""
+    path = Path(value).expanduser()
+    return path if path.is_file() else shipped().get(str(value), path)
+
+
+def read_file(path: Path) -> Any:
+    """The content of a YAML or JSON file. Raises `ConfigError`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        names = f"one of the names {', '.join(shipped())}, " if path.name == str(path) else ""
+        raise ConfigError(
+            f"speculative_config={str(path)!r} can't be read: {reason}. Give the path of a YAML or JSON file, {names}"
+            'inline JSON such as {"method": "easyspec", ...}, or (in Python) a dict'
+        ) from error
+    return (read_json if path.suffix == ".json" else read_yaml)(text, str(path))
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replace the file at once: it has its old content or all of the new, even if this process is stopped."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def read_yaml(text: str, source: str) -> Any:
     """Raises `ConfigError` that names `source`, the place and what is wrong there."""
-    _check_size(text, source)
+    _check_size(text, source, MOST_YAML_BYTES)
     try:
         return yaml.load(text, _StrictLoader)
     except yaml.MarkedYAMLError as error:
@@ -39,10 +80,10 @@ def read_json(text: str, source: str) -> Any:
     raise ConfigError(f"{source} is not valid JSON: {reason}. Correct it there") from None
 
 
-def _check_size(text: str, source: str) -> None:
-    if len(text) > MOST_BYTES:
+def _check_size(text: str, source: str, most: int = MOST_BYTES) -> None:
+    if len(text) > most:
         raise ConfigError(
-            f"{source} holds {len(text):,} characters where a configuration has at most {MOST_BYTES:,}. Give the "
+            f"{source} holds {len(text):,} characters where a configuration has at most {most:,}. Give the "
             "configuration's file"
         )
 

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+from vllm_easyspec.documents import write_whole
 from vllm_easyspec.drafter.architectures import DrafterShape
 from vllm_easyspec.drafter.placement import LayerPlacement
 from vllm_easyspec.drafter.plan import DraftPlan
@@ -158,9 +159,7 @@ def _sizes(reach: Mapping[int, int], rank: int, hidden: int) -> dict[str, tuple[
 
 def write_maps(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
     """Write the file, completely or not at all. metadata: at least what `LookaheadFile.read` needs."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(save(dict(tensors), {"lookahead": json.dumps({"format": FORMAT, **metadata})}))
-    part.replace(path)
+    write_whole(path, save(dict(tensors), {"lookahead": json.dumps({"format": FORMAT, **metadata})}))
 
 
 class StackedMaps(NamedTuple):

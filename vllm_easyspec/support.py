@@ -5,6 +5,7 @@ the cache groups, the layout of the pages) is checked by the worker.
 """
 
 import importlib.metadata
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,6 +50,10 @@ MOST_RENAMED = 0.01
 
 # The kernel of xformers 0.0.35 uses tl.make_block_ptr.
 TRITON_WITHOUT_BLOCK_POINTERS = Version("3.9")
+
+# Configurations of these types, without these fields, are read by vLLM as by transformers.
+PLAIN_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+SPECIAL_FIELDS = {"auto_map", "quantization_config", "speculators_config", "rotary_emb_base", "rotary_pct"}
 
 # If a drafter's name or path contains one of these, `SpeculativeConfig.__post_init__` assumes another method.
 MARKS_OF_OTHER_METHODS = ("eagle-", "eagle3", "dflash", "dspark")
@@ -263,12 +268,28 @@ def check_runner(config: "VllmConfig") -> None:
     raise ConfigError(f"method: {METHOD} needs vLLM's Model Runner V2, but this engine would use V1: {cause}")
 
 
+def _is_plain(folder: Path) -> bool:
+    """Whether vLLM reads the folder's config.json as `transformers` does, and no other file."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        fields = {str(name) for name in config}
+        is_plain = config["model_type"] in PLAIN_TYPES and not fields & SPECIAL_FIELDS
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # the error is vLLM's to tell
+    return is_plain and not any((folder / name).exists() for name in ("hf_quant_config.json", "params.json"))
+
+
 def read_hf_config(model: str, revision: str | None, code_revision: str | None = None, trust: bool = False) -> Any:
     """The model's `transformers` configuration, read as vLLM reads it. Raises `ConfigError`."""
     from huggingface_hub import hf_hub_download
-    from vllm.transformers_utils.config import get_config
 
     try:
+        if _is_plain(folder := Path(model).expanduser()):  # importing vLLM takes seconds
+            from transformers import AutoConfig
+
+            return AutoConfig.from_pretrained(folder)
+        from vllm.transformers_utils.config import get_config
+
         if "://" not in model and not Path(model).expanduser().exists():
             hf_hub_download(model, "config.json", revision=revision)  # vLLM would retry an unreachable hub many times
         return get_config(model, trust_remote_code=trust, revision=revision, code_revision=code_revision)

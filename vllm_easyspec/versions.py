@@ -1,7 +1,11 @@
 """Which vLLM versions easyspec runs on, and what is installed here."""
 
+import runpy
+import sys
 from enum import Enum
 from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
 
@@ -31,6 +35,9 @@ class Support(Enum):
 
 def vllm_version() -> str:
     """The version that vLLM itself reports; a source build without one reports 'dev'."""
+    found = None if "vllm" in sys.modules else find_spec("vllm")
+    if found and found.origin and (file := Path(found.origin).with_name("_version.py")).is_file():
+        return runpy.run_path(str(file))["__version__"]  # importing vLLM takes seconds
     import vllm.version
 
     return vllm.version.__version__

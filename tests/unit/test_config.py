@@ -3,6 +3,7 @@
 import json
 from dataclasses import fields
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -405,6 +406,21 @@ def test_files_that_cannot_be_read(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message) as error:
         EasySpecConfig.parse(str(path))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_name_is_looked_up_among_the_shipped_files_unless_a_file_has_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load("tiny-pair")["model"] == str(DRAFTER)
+    Path("tiny-pair").mkdir()
+    assert load("tiny-pair")["model"] == str(DRAFTER), "a folder can't be meant"
+    Path("tiny-pair").rmdir()
+    Path("tiny-pair").write_text("method: easyspec\nmodel: mine")
+    assert load("tiny-pair")["model"] == "mine"
+    with pytest.raises(ConfigError, match=r"'tiny-pear' can't be read: .* one of the names .*.*, tiny-pair, inline"):
+        load("tiny-pear")
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path / "tiny-pear.yaml")
+    assert "one of the names" not in str(error.value), "a path was meant"
 
 
 def test_a_folder_is_not_a_file(tmp_path):

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_models import CONFIGS, DRAFTER, TARGET, easyspec, model_folder
+from tiny_models import CONFIGS, DRAFTER, HF_CONFIGS, TARGET, easyspec, model_folder
 from transformers import AutoConfig
+from vllm.transformers_utils.config import get_config
 
+from vllm_easyspec import support
 from vllm_easyspec.cli import main
 from vllm_easyspec.doctor import rank_memory
 from vllm_easyspec.drafter.architectures import DrafterShape
@@ -64,6 +66,48 @@ def test_the_command_is_installed():
     )
     assert done.returncode == 0 and done.stderr == ""
     assert "512 tokens in both" in done.stdout
+
+
+WITHOUT_VLLM = """
+import sys
+from vllm_easyspec.cli import main
+from vllm_easyspec.versions import vllm_version
+code, version = main(["doctor", *sys.argv[1:]]), vllm_version()
+print(sorted(name for name in sys.modules if name.split(".")[0] == "vllm"))
+import vllm.version
+print(code, version == vllm.version.__version__)
+"""
+
+
+def test_a_folder_is_checked_without_importing_vllm():
+    command = [sys.executable, "-c", WITHOUT_VLLM, TINY, "--device", "cpu", "-tp", "2"]
+    done = subprocess.run(command, cwd=CONFIGS.parent, capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.splitlines()[-2:] == ["[]", "0 True"], "importing vLLM takes longer than all of doctor"
+
+
+@pytest.mark.parametrize("folder", [*sorted(HF_CONFIGS.iterdir()), DRAFTER, TARGET], ids=lambda folder: folder.name)
+def test_it_reads_a_folder_as_vllm_does(folder):
+    assert support._is_plain(folder)
+    ours, theirs = support.read_hf_config(str(folder), None), get_config(folder, trust_remote_code=False)
+    assert ours.to_dict() == theirs.to_dict()
+    assert DrafterShape.from_hf_config(ours) == DrafterShape.from_hf_config(theirs)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"auto_map": {}}, {"quantization_config": {"quant_method": "gptq"}}, {"model_type": "phi"}, {"model_type": None}],
+    ids=str,
+)
+def test_it_leaves_other_folders_to_vllm(tmp_path, changes):
+    assert support._is_plain(model_folder(tmp_path / "plain"))
+    assert not support._is_plain(model_folder(tmp_path / "other", **changes))
+
+
+@pytest.mark.parametrize("name", ["hf_quant_config.json", "params.json"])
+def test_it_leaves_a_folder_with_other_files_to_vllm(tmp_path, name):
+    folder = model_folder(tmp_path / "model")
+    (folder / name).write_text("{}")
+    assert not support._is_plain(folder)
 
 
 def test_a_line_and_exit_code_1_for_what_cannot_work(capsys, tmp_path):

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from vllm_easyspec.config import EasySpecConfig
-from vllm_easyspec.documents import MOST_BYTES, read_json, read_yaml
+from vllm_easyspec.config import EasySpecConfig, is_easyspec
+from vllm_easyspec.documents import MOST_YAML_BYTES, read_json, read_yaml
 from vllm_easyspec.errors import SHOWN, ConfigError, shown
 
 BASE = "method: easyspec\nmodel: org/name\n"
@@ -26,7 +26,7 @@ WRONG_YAML = {
     "too many digits": ("a: " + "9" * 5000, "Exceeds the limit"),
     "ten megabytes": (
         "a: " + "x" * (10 << 20),
-        f"holds 10,485,763 characters where a configuration has at most {MOST_BYTES:,}",
+        f"holds 10,485,763 characters where a configuration has at most {MOST_YAML_BYTES:,}",
     ),
 }
 WRONG_JSON = {
@@ -78,8 +78,46 @@ VALUES = {
         "num_speculative_tokens: 5\nlayer_parallel: {group_sizes: [" + ", ".join(["x"] * 10_000) + "]}",
         "layer_parallel.group_sizes",
     ),
-    "an unknown key": ("num_speculative_tokens: 5\nfoo: " + "x" * 100_000, "unknown key 'foo' with value 'xxx"),
+    "a table of K too large": (
+        "num_speculative_tokens: 5\nlayer_parallel: {by_batch_size: [{num_speculative_tokens: " + "9" * 4000 + "}]}",
+        "by_batch_size.0..num_speculative_tokens=9999.* is more than num_speculative_tokens=5",
+    ),
+    "a table without order": (
+        "num_speculative_tokens: 5\nlayer_parallel: {by_batch_size: [{up_to: " + "9" * 4000 + "}, {up_to: 1}]}",
+        "by_batch_size.1..up_to=1 is not above the 9999",
+    ),
+    "a table of 1,000 ranges": (
+        "num_speculative_tokens: 5\nlayer_parallel:\n  by_batch_size:\n"
+        + "".join(f"  - up_to: {size}\n" for size in range(1, 1001)),
+        "layer_parallel.by_batch_size=.* at most 256 items",
+    ),
+    "a long path": ("num_speculative_tokens: 5\nlookahead: " + "x" * 10_000, "lookahead='xxx.* at most 4096"),
+    "a long path from here": (
+        "num_speculative_tokens: 5\nlookahead: ./" + "x" * 10_000,
+        "lookahead='/.*not allowed",
+    ),
+    "an impossible path": ('num_speculative_tokens: 5\nlookahead: "./a\\0b"', r"lookahead='./a\\x00b' is no path"),
+    "a long vocabulary": ("num_speculative_tokens: 5\ndraft_vocabulary: " + "x" * 10_000, "draft_vocabulary='xxx"),
+    "an infinite length": ("num_speculative_tokens: 5\nsynthetic_acceptance_length: .inf", "length=inf is not allowed"),
+    "a rate that is none": ("num_speculative_tokens: 5\nsynthetic_acceptance_rates: [.nan]", "=nan is not allowed"),
+    "an unknown key": ("num_speculative_tokens: 5\nfoo: " + "x" * 50_000, "unknown key 'foo' with value 'xxx"),
 }
+
+
+WRONG_METHODS = {"long": "x" * 10_000, "nearly": "easyspec" + "-" * 10_000, "a list": [1] * 1000, "true": True}
+
+
+@pytest.mark.parametrize("method", WRONG_METHODS.values(), ids=WRONG_METHODS.keys())
+def test_a_wrong_method_is_told_in_short(method):
+    with pytest.raises(ConfigError, match="method=") as error:
+        _ = is_easyspec({"method": method}) or EasySpecConfig.parse({"method": method})
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("model", ["x" * 4000, "./a\ud800"], ids=["long", "a surrogate"])
+def test_a_model_that_no_path_can_be(model):
+    with pytest.raises(ConfigError, match="model="):
+        EasySpecConfig.parse({"method": "easyspec", "model": model, "num_speculative_tokens": 5}).check_model()
 
 
 @pytest.mark.parametrize(("text", "message"), VALUES.values(), ids=VALUES.keys())

@@ -5,7 +5,10 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import tarfile
 import tomllib
+import zipfile
 from importlib import metadata
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from vllm_easyspec.config import EasySpecConfig
 from vllm_easyspec.versions import SUPPORTED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,6 +135,78 @@ def test_ci_runs_lint_then_the_tests_in_the_repository(tmp_path, failing, code):
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     assert subprocess.run([ROOT / ".ci" / "run"], cwd=tmp_path, env=environment).returncode == code
     assert record.read_text() == f"{ROOT} lint-python\n{ROOT} test\n"
+
+
+IGNORED = shutil.ignore_patterns("__pycache__", "*.so")
+PUBLISHED = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml") if not path.stem.startswith("tiny-pair"))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The names in an archive of the sources, and the folder of an unpacked wheel that was built from it."""
+    folder = tmp_path_factory.mktemp("built")
+    for name in ("configs", "csrc", "vllm_easyspec"):
+        shutil.copytree(ROOT / name, folder / "checkout" / name, ignore=IGNORED)
+    for name in ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, folder / "checkout")
+
+    def build(kind, source):
+        script = f"import sys; from setuptools import build_meta; build_meta.build_{kind}(sys.argv[1])"
+        environment = os.environ | {"EASYSPEC_NATIVE": "none"}
+        command = [sys.executable, "-c", script, folder]
+        done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    build("sdist", folder / "checkout")
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+        file.extractall(folder / "sources", filter="data")
+    build("wheel", next((folder / "sources").iterdir()))
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(folder / "installed")
+    return names, folder / "installed"
+
+
+def test_the_sources_hold_what_a_build_needs(built):
+    needed = {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
+    needed |= {f"configs/{name}.yaml" for name in PUBLISHED}
+    assert needed | {"LICENSE", "README.md", "pyproject.toml", "setup.py"} <= built[0]
+
+
+def test_the_wheel_holds_the_package_and_the_published_configurations(built):
+    package = built[1] / "vllm_easyspec"
+    found = {str(path.relative_to(package)) for path in package.rglob("*") if path.is_file()}
+    sources = ROOT / "vllm_easyspec"
+    expected = {str(path.relative_to(sources)) for path in sources.rglob("*.py")}
+    assert found == expected | {"py.typed"} | {f"configs/{name}.yaml" for name in PUBLISHED}
+    assert (next(built[1].glob("*.dist-info")) / "licenses" / "LICENSE").is_file()
+
+
+FIND = """
+from vllm_easyspec import documents
+from vllm_easyspec.config import ConfigError, EasySpecConfig
+for name, path in documents.shipped().items():
+    print(name, path, EasySpecConfig.parse(name).model)
+try:
+    EasySpecConfig.parse("no-such-pair")
+except ConfigError as error:
+    print(error)
+"""
+
+
+def test_an_installed_configuration_is_found_by_name(built, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(built[1])}
+    command = [sys.executable, "-c", FIND]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    *found, error = done.stdout.splitlines()
+    names, paths, models = zip(*(line.split() for line in found), strict=True)
+    assert list(names) == PUBLISHED
+    assert all(Path(path).is_relative_to(built[1]) for path in paths)
+    assert list(models) == [EasySpecConfig.parse(ROOT / "configs" / f"{name}.yaml").model for name in PUBLISHED]
+    assert error.startswith("speculative_config='no-such-pair' can't be read: No such file or directory. ")
+    assert f"one of the names {', '.join(PUBLISHED)}, inline JSON" in error
 
 
 @pytest.mark.parametrize(

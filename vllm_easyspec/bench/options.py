@@ -49,7 +49,7 @@ class EngineOptions(OutputOptions):
     """Options of `bench engine`."""
 
     model: str = option("the target: a folder or a hub name", metavar="TARGET")
-    config: str = option("easyspec's: a path to YAML or JSON, or inline JSON")
+    config: str = option("easyspec's: a path to YAML or JSON, a name in configs/, or inline JSON")
     baselines: tuple[str, ...] = option(
         "some of the defaults; losslessness is checked against the arm none",
         default=BASELINES,

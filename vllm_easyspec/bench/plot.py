@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_easyspec.bench import BenchmarkError
+from vllm_easyspec.documents import write_whole
 
 SETTINGS: Any = {
     "svg.fonttype": "none",  # text stays text
@@ -92,7 +93,9 @@ def _file(path: Path, columns: int) -> Iterator[Any]:
     with _figure(columns=columns) as (figure, axes):
         yield axes
         _legend(figure, axes)
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        image, kind = io.BytesIO(), path.suffix.removeprefix(".")
+        figure.savefig(image, format=kind, metadata={"Date": None} if kind == "svg" else None)
+        write_whole(path, image.getvalue())
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 from vllm.platforms import current_platform
 
 from vllm_easyspec.bench import BenchmarkError
+from vllm_easyspec.documents import write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = (":!benchmarks/results", ":!docs/*.svg", ":!configs/tiny-pair-tuned.yaml")  # excluded, in git's syntax
@@ -61,14 +62,7 @@ def check_writable(path: Path | None) -> None:
 def write(path: Path | None, result: dict[str, Any]) -> None:
     """Save the result as JSON."""
     if path is not None:
-        write_text(path, json.dumps(result, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace the file at once, so that it is complete even if this process is stopped."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+        write_whole(path, json.dumps(result, indent=1) + "\n")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

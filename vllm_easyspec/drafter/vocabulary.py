@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from vllm_easyspec.documents import read_json
+from vllm_easyspec.documents import read_json, write_whole
 from vllm_easyspec.errors import ConfigError
 
 REMEDY = "Give a file that vllm-easyspec fit --vocabulary wrote"
@@ -154,9 +154,7 @@ class VocabularyFile(BaseModel):
 
     def write(self, path: Path) -> None:
         """Write the file, completely or not at all."""
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(self.model_dump(), separators=(",", ":")) + "\n", encoding="utf-8")
-        part.replace(path)
+        write_whole(path, json.dumps(self.model_dump(), separators=(",", ":")) + "\n")
 
     def check(self, path: str, vocab_size: int, tokenizer: str | None) -> None:
         """Raise `ConfigError` if the file was made with another tokenizer.

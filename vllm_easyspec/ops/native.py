@@ -5,9 +5,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from vllm.logger import init_logger
-
-logger = init_logger("vllm.easyspec")
 
 
 @cache
@@ -34,7 +31,9 @@ def load() -> str | None:
 def warn_without() -> None:
     """Say once why this process has no native operators, where it has none."""
     if (why := load()) is not None:
-        logger.warning_once(
+        from vllm.logger import init_logger  # not above: `doctor` needs this module, and importing vLLM takes seconds
+
+        init_logger("vllm.easyspec").warning_once(
             "native operators are not used, since %s. Drafting runs on plain torch, slower. To build them, install a "
             "C++ compiler (on a GPU host nvcc too) and then vllm-easyspec again with pip's --no-build-isolation",
             why,

@@ -9,7 +9,8 @@ from vllm_easyspec import plugin
 from vllm_easyspec.bench.llm import parse_engine_args
 from vllm_easyspec.bench.plot import require_matplotlib
 from vllm_easyspec.bench.prompts import read_prompts
-from vllm_easyspec.bench.results import check_writable, machine, surroundings, write, write_text
+from vllm_easyspec.bench.results import check_writable, machine, surroundings, write
+from vllm_easyspec.documents import write_whole
 from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.errors import ConfigError
 from vllm_easyspec.metrics import plan_json
@@ -39,9 +40,9 @@ def run(options: TuneOptions) -> str:
 
     def keep(found: Findings) -> None:
         text = tuned_yaml(options.config, out, found.ranges(), _head(found, about, options), _notes(found))
-        write_text(out, text)
+        write_whole(out, text)
         if options.report:
-            write_text(options.report, html_report(found, about, text))
+            write_whole(options.report, html_report(found, about, text))
         write(options.json, about | findings_json(found))
 
     try:

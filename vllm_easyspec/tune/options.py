@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_easyspec.documents import find
 from vllm_easyspec.options import DTYPES, at_least, grouping, integers, names, option
 
 BASELINES = ("untuned", "draft_model", "none")
@@ -13,7 +14,7 @@ class TuneOptions:
     """Options of `tune`."""
 
     model: str = option("the target: a folder or a hub name", metavar="TARGET")
-    config: Path = option("the untuned configuration", metavar="YAML")
+    config: Path = option("the untuned configuration: a path, or a name in configs/", metavar="YAML", type=find)
     prompts: Path = option("JSON lines with prompt, text or turns", metavar="FILE")
     out: Path = option("write the tuned configuration here", "-o", metavar="YAML")
     report: Path | None = option("write a report with plots here (needs matplotlib)", default=None, metavar="HTML")
