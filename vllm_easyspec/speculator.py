@@ -59,7 +59,7 @@ class EasySpecSpeculator(DraftModelSpeculator):
         self.statistics = DraftStatistics(device, self.num_speculative_steps)
         is_first = vllm_config.parallel_config.rank == 0
         self.watch = AcceptanceWatch(device) if is_first else None
-        self.reporter = RoundReporter(vllm_config.parallel_config.data_parallel_rank) if is_first else None
+        self.reporter = RoundReporter(vllm_config.parallel_config.data_parallel_index) if is_first else None
         self.current_step = torch.zeros((), dtype=torch.int64, device=device)
         self.filler_logits: torch.Tensor | None = None  # one-hot at the filler
         if self.draft_logits is not None:

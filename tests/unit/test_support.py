@@ -34,7 +34,6 @@ def changed(config, path, value):
 
 REFUSED = {
     "parallel_config.pipeline_parallel_size": (2, "pipeline_parallel_size=2 .*Use --tensor-parallel-size"),
-    "parallel_config.data_parallel_size": (2, "data_parallel_size=2 .*Start one engine per replica"),
     "parallel_config.decode_context_parallel_size": (2, "decode_context_parallel_size=2 .*Remove it"),
     "parallel_config.prefill_context_parallel_size": (2, "prefill_context_parallel_size=2 .*Remove it"),
     "cache_config.kv_offloading_size": (1.0, "kv_offloading_size=1.0 .*Remove it"),
@@ -50,6 +49,15 @@ def test_refused_by_name(plain, path):
     with pytest.raises(ConfigError, match=message) as error:
         support.check_engine(changed(plain, path, value))
     assert "is not supported with method: easyspec" in str(error.value)
+
+
+def test_data_parallelism_is_for_dense_targets(plain, monkeypatch):
+    several = changed(plain, "parallel_config.data_parallel_size", 2)
+    support.check_engine(several)
+    monkeypatch.setattr(type(plain.model_config), "is_moe", True)
+    support.check_engine(plain)
+    with pytest.raises(ConfigError, match="data_parallel_size=2 is not supported .*Start one engine per replica"):
+        support.check_engine(several)
 
 
 def test_connectors_are_refused(plain):
