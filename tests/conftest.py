@@ -22,6 +22,7 @@ SEVERAL_RANKS = {
         "fidelity",
         "fit",
         "lookahead_drafter",
+        "new_weights",
         "ranks",
     ),
 }

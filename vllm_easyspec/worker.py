@@ -7,12 +7,14 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from vllm.config import set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_easyspec.audit import audit
 from vllm_easyspec.compat import install_lora_state, install_speculator
 from vllm_easyspec.drafter.plan import Scope
+from vllm_easyspec.drafter.update import ReceivedWeights
 from vllm_easyspec.fidelity import group_costs
 from vllm_easyspec.speculator import EasySpecSpeculator
 
@@ -32,6 +34,8 @@ def _platform_worker() -> type:
 
 class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
     """One rank's worker. Its `easyspec_...` methods are RPCs, which raise ValueError for unusable arguments."""
+
+    received: ReceivedWeights  # of the drafter's update, between its start and its end
 
     @property
     def speculator(self) -> EasySpecSpeculator:
@@ -58,6 +62,30 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
         if scheduler_output.kv_cache_block_copies:
             self.speculator.runtime.uncalibrated.copied(scheduler_output.kv_cache_block_copies)
         return super().execute_model(scheduler_output)
+
+    # ---- new weights for the drafter ----
+
+    def _set_draft_weight_update_target(self) -> None:
+        super()._set_draft_weight_update_target()
+        engine = self.weight_transfer_engine
+        self.received = ReceivedWeights()
+        engine.set_weight_update_target(self.received, engine.model_config)
+
+    def finish_weight_update(self) -> None:
+        super().finish_weight_update()
+        if self._weight_update_is_draft:
+            tensors = self.received.tensors
+            del self.received
+            with set_current_vllm_config(self.vllm_config):
+                self.speculator.replace_weights(tensors.items())
+
+    def easyspec_reload_drafter(self, model: str | None = None) -> None:
+        """Load the drafter's weights from the folder or hub name `model`, a drafter of the same shape, or again those
+        of the start. All or nothing: where they can't be used, the drafter keeps its present weights."""
+        with set_current_vllm_config(self.vllm_config):
+            self.speculator.read_again(model)
+
+    # ---- RPCs ----
 
     def easyspec_stats(self, reset: bool = False) -> dict[str, Any]:
         """Counters and times since the last reset, by rank."""

@@ -1,14 +1,20 @@
-"""What happens to engines that serve for long, as in reinforcement learning or a fleet: data parallelism, pauses.
-Answers stay the target's, and pages precise."""
+"""What happens to engines that serve for long, as in reinforcement learning or a fleet: data parallelism, pauses, new
+weights for the drafter. Answers stay the target's, pages precise, and drafts are accepted as before."""
 
 import asyncio
 from collections.abc import Coroutine, Iterator
+from pathlib import Path
 from typing import Any
 
+import file_transfer
 import pytest
-from engines import AUDIT_LIMIT, ENGINE, TARGET, easyspec, greedy, mixed_prompts, prompts_near_the_end
+import tiny_targets
+import torch
+from engines import AUDIT_LIMIT, DRAFTER, ENGINE, TARGET, easyspec, greedy, mixed_prompts, prompts_near_the_end
 from prometheus_client import REGISTRY
+from transformers import AutoModelForCausalLM
 from vllm import AsyncEngineArgs
+from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
 pytestmark = pytest.mark.engine
@@ -72,6 +78,15 @@ class Serving:
     def resume(self) -> None:
         self.run(self.llm.resume_generation())
 
+    def accepted(self, prompts: list[Any]) -> list[int]:
+        """How many drafts of each position are accepted in answers of 40 tokens, one request after the other."""
+        self.rpc("easyspec_stats", reset=True)
+        for prompt in prompts:
+            self.answers(self.ask([prompt], 40, rank=0))
+        counted = self.rpc("easyspec_stats", reset=True)[0]
+        assert counted["verified"] > 0
+        return counted["accepted_at"]
+
 
 @pytest.fixture(scope="module")
 def serving() -> Iterator[Serving]:
@@ -80,7 +95,9 @@ def serving() -> Iterator[Serving]:
         speculative_config=easyspec(num_speculative_tokens=5),
         data_parallel_size=RANKS,
         data_parallel_size_local=RANKS,
-        **ENGINE,
+        weight_transfer_config={"backend": file_transfer.BACKEND},
+        worker_extension_cls=f"{file_transfer.__name__}.{file_transfer.Extension.__name__}",
+        **ENGINE | {"max_num_batched_tokens": 512},  # so much of an old prefix is read again in one round
     )
     loop = asyncio.new_event_loop()
 
@@ -97,6 +114,13 @@ def serving() -> Iterator[Serving]:
             task.cancel()
         loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         loop.close()
+
+
+@pytest.fixture(scope="module")
+def nudged(tmp_path_factory) -> dict[Path, Path]:
+    """Target and drafter after another step of training."""
+    folder = tmp_path_factory.mktemp("nudged")
+    return {TARGET: tiny_targets.nudged(folder / "target"), DRAFTER: tiny_targets.nudged(folder / "drafter", DRAFTER)}
 
 
 def assert_precise(pages: list[dict]) -> None:
@@ -160,6 +184,78 @@ def test_reset_prefix_cache(serving, target_alone):
     assert_precise(serving.audit())
     serving.resume()
     assert serving.answers(running) == target_alone[60]
+
+
+def transfer(serving: Serving, folder: Path, draft: bool) -> None:
+    serving.run(serving.llm.start_draft_weight_update() if draft else serving.llm.start_weight_update())
+    for chunk in file_transfer.chunks(folder):
+        serving.run(serving.llm.update_weights(WeightTransferUpdateRequest(update_info=chunk)))
+    serving.run(serving.llm.finish_weight_update())
+
+
+def test_new_weights_for_the_drafter(serving, target_alone, nudged):
+    """Requests go on with it, and prefix caching brings back pages that the old weights wrote."""
+    prompts = mixed_prompts()
+    others = prompts[1::2]  # which the first engine has not among `running`
+    serving.run(serving.llm.reset_prefix_cache())
+    at_first = serving.accepted(others)
+    running = serving.ask(prompts, 60)
+    serving.after_rounds(4)
+    serving.pause("keep", clear_cache=False)
+    transfer(serving, nudged[DRAFTER], draft=True)
+    assert not any(request["tokens"] for request in serving.audit()), "nothing that the old weights wrote is of use"
+    serving.rpc("easyspec_stats", reset=True)
+    serving.resume()
+    serving.after_rounds(6)
+    serving.pause("keep", clear_cache=False)
+    assert_precise(serving.audit())
+    serving.resume()
+    assert serving.answers(running) == target_alone[60]
+    assert all(counted["caught_up_tokens"] > 300 for counted in serving.rpc("easyspec_stats"))
+
+    with_old_pages = serving.accepted(others)
+    serving.run(serving.llm.reset_prefix_cache())
+    assert with_old_pages == serving.accepted(others) != at_first
+    serving.rpc("easyspec_reload_drafter")
+    assert serving.accepted(others) == at_first
+
+
+def test_weights_that_can_not_be_used(serving, target_alone, nudged):
+    """The drafter keeps its own, and the engine goes on."""
+    first = serving.accepted(mixed_prompts()[:4])
+    serving.run(serving.llm.start_draft_weight_update())
+    with pytest.raises(Exception, match="keeps its present weights: .* lacks .* tensors of a LlamaForCausalLM"):
+        serving.run(serving.llm.finish_weight_update())
+    with pytest.raises(Exception, match="keeps its present weights: .* has num_layers=6 in place of 10"):
+        serving.rpc("easyspec_reload_drafter", str(TARGET))
+    assert serving.accepted(mixed_prompts()[:4]) == first
+
+
+@torch.inference_mode()
+def assert_greedy(folder: Path, prompts: list[list[int]], answers: list[list[int]]) -> None:
+    """The answers are the first choices of the model in `transformers`.
+
+    vLLM's CPU build computes logits from a packed copy of the LM head, which stays as it was where it is tied.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.lm_head.weight = torch.nn.Parameter(tiny_targets.embeddings().float(), requires_grad=False)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        assert logits.argmax(-1).tolist() == answer
+
+
+def test_new_weights_for_both(serving, target_alone, nudged):
+    """As a trainer does it: pause, target, drafter, go on."""
+    prompts = mixed_prompts()
+    for folders in ((nudged[TARGET], nudged[DRAFTER]), (TARGET, DRAFTER)):
+        serving.pause("abort")
+        for folder, draft in zip(folders, (False, True), strict=True):
+            transfer(serving, folder, draft)
+        serving.resume()
+        answers = serving.answers(serving.ask(prompts, 40))
+        assert (answers == target_alone[40]) == (folders[0] == TARGET)
+        ids = [serving.llm.get_tokenizer()(prompt)["input_ids"] for prompt in prompts]
+        assert_greedy(folders[0], ids, answers)
 
 
 def test_metrics_tell_the_engines_apart(serving):
