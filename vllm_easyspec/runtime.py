@@ -20,7 +20,6 @@ from vllm_easyspec.calibration import CalibrationScheduler
 from vllm_easyspec.config import RuntimeOptions
 from vllm_easyspec.drafter.model import LayerParallelDrafter
 from vllm_easyspec.drafter.paged_kv import DrafterAttention, PagedKV
-from vllm_easyspec.drafter.products import choose_products
 from vllm_easyspec.drafter.xformers_attention import choose as choose_attention
 from vllm_easyspec.drafting import DraftLoop, Sample
 from vllm_easyspec.errors import ConfigError
@@ -192,7 +191,6 @@ def load_drafter(
         lookahead_file.check_drafter(folder, model.shape)
         model.read_maps(lookahead_file)
     model.prepare_weights()
-    choose_products(model)
     return model
 
 

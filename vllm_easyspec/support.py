@@ -179,12 +179,6 @@ REFUSALS = (
         "a group of the drafter's layers needs its pages one layer after another. Unset it",
     ),
     Refusal(
-        "enable_sleep_mode",
-        lambda config: config.model_config.enable_sleep_mode,
-        lambda config: config.model_config.enable_sleep_mode,
-        "it has not been tested. Remove it",
-    ),
-    Refusal(
         "runner",
         lambda config: config.model_config.runner_type,
         lambda config: config.model_config.runner_type == "pooling",

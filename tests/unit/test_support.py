@@ -39,7 +39,6 @@ REFUSED = {
     "cache_config.kv_offloading_size": (1.0, "kv_offloading_size=1.0 .*Remove it"),
     "cache_config.cache_dtype": ("fp8", "kv_cache_dtype='fp8' .*--kv-cache-dtype auto"),
     "parallel_config.enable_dbo": (True, "enable_dbo=True .*Remove it"),
-    "model_config.enable_sleep_mode": (True, "enable_sleep_mode=True .*Remove it"),
 }
 
 
@@ -135,7 +134,7 @@ def test_vllm_itself_refuses_watermarks():
 @pytest.mark.parametrize("kind", ["is_hybrid", "is_attention_free", "is_encoder_decoder"])
 def test_targets_with_cache_groups_of_their_own_are_refused(plain, kind):
     kinds = {"is_hybrid": False, "is_attention_free": False, "is_encoder_decoder": False, kind: True}
-    model = SimpleNamespace(model="some/target", enable_sleep_mode=False, **kinds)
+    model = SimpleNamespace(model="some/target", **kinds)
     config = changed(plain, "cache_config", plain.cache_config)
     refusals = [refusal for refusal in support.REFUSALS if refusal.setting == "model"]
     stand_in = SimpleNamespace(model_config=model, cache_config=config.cache_config)

@@ -22,14 +22,22 @@ class RayCpuPlatform(CpuPlatform):
     ray_device_key = RAY_RESOURCE
 
 
+class SleepingCpuPlatform(CpuPlatform):
+    """A CPU on which sleep mode is allowed: `simulated_sleep.py`."""
+
+    def is_sleep_mode_available(self) -> bool:
+        return True
+
+
 def activate() -> str | None:
-    """Named by EASYSPEC_TEST_PLATFORM: async or ray."""
+    """Named by EASYSPEC_TEST_PLATFORM: async, ray or sleeping."""
     import os
 
     kind = os.environ.get("EASYSPEC_TEST_PLATFORM")
     if kind == "ray":
         _give_ray_ranks_numbers()
-    return {"async": f"{__name__}.AsyncCpuPlatform", "ray": f"{__name__}.RayCpuPlatform", None: None}[kind]
+    names = {"async": "AsyncCpuPlatform", "ray": "RayCpuPlatform", "sleeping": "SleepingCpuPlatform"}
+    return None if kind is None else f"{__name__}.{names[kind]}"
 
 
 def _give_ray_ranks_numbers() -> None:
