@@ -24,6 +24,7 @@ SEVERAL_RANKS = {
         "fit",
         "fuzzed_rounds",
         "lookahead_drafter",
+        "new_weights",
         "ranks",
     ),
 }

@@ -283,7 +283,7 @@ def remove_worker_extension(extension: type) -> None:
 
 
 def _bind_cpus(parallel: ParallelConfig) -> None:
-    """Give every rank its CPUs where vLLM's automatic binding can't.
+    """Give every rank of this machine's engines its CPUs where vLLM's automatic binding can't.
 
     That needs as many NUMA nodes as ranks and fails with an assertion otherwise (vllm/utils/ompmultiprocessing.py).
     """
@@ -291,8 +291,8 @@ def _bind_cpus(parallel: ParallelConfig) -> None:
     from vllm.utils.cpu_resource_utils import get_visible_memory_node
 
     global _our_binding
-    ranks = parallel.local_world_size
-    if not current_platform.is_cpu() or ranks == 1 or OMP_BINDING in os.environ:
+    ranks = parallel.local_world_size * parallel.data_parallel_size_local
+    if not current_platform.is_cpu() or ranks <= 1 or OMP_BINDING in os.environ:
         return
     if len(get_visible_memory_node()) >= ranks:
         return

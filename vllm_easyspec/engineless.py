@@ -22,6 +22,7 @@ from vllm_easyspec import plugin
 from vllm_easyspec.config import OPTIONS_KEY, RuntimeOptions
 from vllm_easyspec.drafter.paged_kv import PagedPass, Sequences
 from vllm_easyspec.drafter.plan import DraftPlan
+from vllm_easyspec.drafter.products import choose_products
 from vllm_easyspec.graphs import DraftGraphs
 from vllm_easyspec.metrics import DraftStatistics
 from vllm_easyspec.runtime import build_runtime, draft_vllm_config, load_drafter, virtual_batch_config
@@ -88,6 +89,7 @@ class EnginelessDrafter:
         self.draft_tokens = torch.zeros(max_num_reqs, num_drafts, dtype=torch.int64, device=self.device)
         with set_current_vllm_config(self.config):
             self.model = load_drafter(self.config, options)
+            choose_products(self.model)
             attention_groups = self._allocate_pages()
         self.precise = DraftPlan.precise(self.model.shape.num_layers)
         self.graphs = None if not graph_sizes else self._new_graphs()

@@ -107,7 +107,7 @@ class DraftStatistics:
         self.rounds = 0
         self.rounds_by_plan: Counter[tuple[int, DraftPlan]] = Counter()  # by K, 0 included
         self.paused_rounds = 0  # of K = 0, in which the drafter read nothing
-        self.caught_up_tokens = 0  # that paused rounds had skipped and later rounds read
+        self.caught_up_tokens = 0  # that paused rounds had skipped, or old weights had read, and later rounds read
         self.eager_rounds = 0  # rounds whose fuzzy steps did not come from a graph
         self.replays = 0
         self.warnings: Counter[str] = Counter()  # of `DraftWatch`, by name

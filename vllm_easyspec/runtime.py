@@ -20,12 +20,11 @@ from vllm_easyspec.calibration import CalibrationScheduler
 from vllm_easyspec.config import RuntimeOptions
 from vllm_easyspec.drafter.model import LayerParallelDrafter
 from vllm_easyspec.drafter.paged_kv import DrafterAttention, PagedKV
-from vllm_easyspec.drafter.products import choose_products
 from vllm_easyspec.drafter.xformers_attention import choose as choose_attention
 from vllm_easyspec.drafting import DraftLoop, Sample
 from vllm_easyspec.errors import ConfigError
 from vllm_easyspec.graphs import DraftGraph, DraftGraphs
-from vllm_easyspec.lookahead import LookaheadFile, LookaheadMaps, checkpoint_folder
+from vllm_easyspec.lookahead import LookaheadFile, checkpoint_folder
 from vllm_easyspec.metrics import DraftStatistics
 from vllm_easyspec.ops import warn_without
 from vllm_easyspec.plugin import DRAFTER_ARCHITECTURE
@@ -190,9 +189,8 @@ def load_drafter(
             path = lookahead_file.path
             raise ConfigError(f"lookahead={path!r}: the files of model={name!r} are not on this machine")
         lookahead_file.check_drafter(folder, model.shape)
-        model.lookahead = LookaheadMaps.load(lookahead_file, model.placement, model.rank, model.final_norm)
+        model.read_maps(lookahead_file)
     model.prepare_weights()
-    choose_products(model)
     return model
 
 

@@ -1,5 +1,7 @@
 """`EasySpecSpeculator`: vLLM's speculator interface, and a round behind it: calibrate, draft; the target verifies."""
 
+import copy
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -7,6 +9,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
+from vllm.logger import init_logger
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
@@ -16,6 +19,7 @@ from vllm_easyspec.config import RuntimeOptions
 from vllm_easyspec.drafter.model import LayerParallelDrafter
 from vllm_easyspec.drafter.paged_kv import UnpagedPass
 from vllm_easyspec.drafter.plan import DraftPlan
+from vllm_easyspec.drafter.update import read_weights
 from vllm_easyspec.graphs import DraftGraphs, open_graphs
 from vllm_easyspec.lookahead import LookaheadFile
 from vllm_easyspec.metrics import DraftStatistics
@@ -24,6 +28,8 @@ from vllm_easyspec.round_reports import RoundReporter
 from vllm_easyspec.runtime import DrafterRuntime, build_runtime, draft_vllm_config, load_drafter, virtual_batch_config
 from vllm_easyspec.settings import DraftSettings, LiveSettings, scheduled_num_drafts
 from vllm_easyspec.watch import DraftWatch
+
+logger = init_logger("vllm.easyspec")
 
 # Proposed where the drafter can't draft (its context is full, or K was lowered at run time): any valid id will do,
 # since the target tests it like every draft.
@@ -59,7 +65,7 @@ class EasySpecSpeculator(DraftModelSpeculator):
         self.statistics = DraftStatistics(device, self.num_speculative_steps)
         is_first = vllm_config.parallel_config.rank == 0
         self.watch = DraftWatch(device) if is_first else None
-        self.reporter = RoundReporter(vllm_config.parallel_config.data_parallel_rank) if is_first else None
+        self.reporter = RoundReporter(vllm_config.parallel_config.data_parallel_index) if is_first else None
         self.current_step = torch.zeros((), dtype=torch.int64, device=device)
         self.filler_logits: torch.Tensor | None = None  # one-hot at the filler
         if self.draft_logits is not None:
@@ -195,6 +201,29 @@ class EasySpecSpeculator(DraftModelSpeculator):
         load_config = self.speculative_config.draft_load_config
         with last_words.leaving():
             return load_drafter(self.draft_vllm_config, self.options, load_config, self.lookahead_file)
+
+    def read_again(self, model: str | None = None) -> None:
+        """Load look-ahead maps, and the weights of the checkpoint `model` or those of the start. Raises as
+        `replace_weights` does."""
+        if self.lookahead_file is not None:
+            self.model.read_maps(self.lookahead_file)
+        config = copy.copy(self.draft_vllm_config.model_config)
+        if model is not None:
+            config.model, config.revision, config.code_revision = model, None, None
+        load_config = self.speculative_config.draft_load_config or self.vllm_config.load_config
+        self.replace_weights(read_weights(config, load_config, self.model.shape), are_of_start=model is None)
+
+    def replace_weights(self, weights: Iterable[tuple[str, torch.Tensor]], are_of_start: bool = False) -> None:
+        """As `LayerParallelDrafter.replace_weights`. What the old weights wrote is read again when it is used."""
+        self.model.replace_weights(weights)
+        self.runtime.uncalibrated.mark_all()
+        logger.info("easyspec: the drafter has %s weights.", "its first" if are_of_start else "new")
+        if self.lookahead_file is not None and not are_of_start:
+            logger.warning(
+                "easyspec: the look-ahead maps of %s were fitted on the weights of the start. If fewer drafts are "
+                "accepted now, fit them again, or switch them off: easyspec_configure(lookahead=False)",
+                self.lookahead_file.path,
+            )
 
     @property
     def attn_vllm_config(self) -> VllmConfig:

@@ -26,7 +26,7 @@ STAGE_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2
 # By the name in a report.
 COUNTERS = {
     "paused_rounds": ("paused_rounds", "Rounds of K = 0, in which the drafter read and drafted nothing."),
-    "caught_up_tokens": ("caught_up_tokens", "Tokens that paused rounds had skipped and later rounds calibrated."),
+    "caught_up_tokens": ("caught_up_tokens", "Tokens calibrated after paused rounds, or again after new weights."),
     "eager_rounds": ("eager_rounds", "Rounds whose drafting did not come from a CUDA graph."),
     "replays": ("graph_replays", "CUDA graphs replayed to calibrate or draft."),
     "low_acceptance": ("low_acceptance", "Times that hardly any draft of some hundred rounds was accepted."),

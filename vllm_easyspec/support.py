@@ -140,9 +140,12 @@ REFUSALS = (
         "the drafter's layers are spread over the ranks of one tensor-parallel group. Use --tensor-parallel-size "
         "for all devices",
     ),
-    _above_one(
+    Refusal(
         "data_parallel_size",
-        "it has not been tested. Start one engine per replica, each with its own --tensor-parallel-size",
+        lambda config: config.parallel_config.data_parallel_size,
+        lambda config: config.parallel_config.data_parallel_size > 1 and config.model_config.is_moe,
+        "engines of a mixture of experts run in lockstep, which has not been tested. Start one engine per replica, "
+        "each with its own --tensor-parallel-size",
     ),
     _above_one(
         "decode_context_parallel_size",
@@ -179,12 +182,6 @@ REFUSALS = (
         lambda config: _asked_layout(),
         lambda config: _asked_layout() in _layouts_block_by_block(),
         "a group of the drafter's layers needs its pages one layer after another. Unset it",
-    ),
-    Refusal(
-        "enable_sleep_mode",
-        lambda config: config.model_config.enable_sleep_mode,
-        lambda config: config.model_config.enable_sleep_mode,
-        "it has not been tested. Remove it",
     ),
     Refusal(
         "runner",

@@ -1,9 +1,11 @@
-"""What the drafter leaves uncalibrated while K is 0, and calibrates before it drafts again.
+"""What the drafter leaves uncalibrated while K is 0 or with new weights, and calibrates before it drafts again.
 
 Where the scheduler's table says K = 0, speculation does not pay off, and a drafter that read along would only slow the
 target down. So a round of K = 0 is *paused*: nothing is calibrated, and the blocks that hold the round's tokens are
 marked as uncalibrated. Before a later round drafts, the drafter reads what its requests have in marked blocks,
 precisely.
+
+New weights for the drafter mark all blocks, whatever K is.
 
 Marks belong to blocks, not to requests: when prefix caching gives a block to another request, the mark still tells
 whether the drafter has read it. Invariant: in a block without a mark every position that the target has computed is
@@ -50,6 +52,12 @@ class UncalibratedBlocks:
         self.any = True
         self.up_to_date.clear()
         self.marks[self._blocks_of_step(batch)] = True
+
+    def mark_all(self) -> None:
+        """Mark every block: what the drafter wrote is not what it would write now."""
+        self.any = True
+        self.up_to_date.clear()
+        self.marks.fill_(True)
 
     def spans_to_calibrate(self, batch: DraftBatch, req_ids: Sequence[str], budget: int) -> list[Span]:
         """What must be read so that the batch's calibration finds precise pages, up to about `budget` tokens.

@@ -7,12 +7,15 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from vllm.config import set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_easyspec.audit import audit
 from vllm_easyspec.compat import install_lora_state, install_speculator
 from vllm_easyspec.drafter.plan import Scope
+from vllm_easyspec.drafter.products import choose_products
+from vllm_easyspec.drafter.update import ReceivedWeights
 from vllm_easyspec.fidelity import group_costs
 from vllm_easyspec.speculator import EasySpecSpeculator
 
@@ -33,6 +36,9 @@ def _platform_worker() -> type:
 class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
     """One rank's worker. Its `easyspec_...` methods are RPCs, which raise ValueError for unusable arguments."""
 
+    received: ReceivedWeights  # of the drafter's update, between its start and its end
+    drafter_is_lost = False  # asleep, without a copy of the drafter's weights
+
     @property
     def speculator(self) -> EasySpecSpeculator:
         return self.model_runner.speculator
@@ -42,6 +48,10 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
         token_ids = self.model_runner.req_states.all_token_ids.gpu
         install_speculator(self.model_runner, lambda: EasySpecSpeculator(self.vllm_config, self.device, token_ids))
         install_lora_state(self.model_runner, self.scheduler_config.max_num_seqs)
+
+    def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        super().load_model(load_dummy_weights=load_dummy_weights)
+        choose_products(self.speculator.model)  # outside of the memory that sleep mode discards
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         super().initialize_from_config(kv_cache_config)
@@ -58,6 +68,44 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
         if scheduler_output.kv_cache_block_copies:
             self.speculator.runtime.uncalibrated.copied(scheduler_output.kv_cache_block_copies)
         return super().execute_model(scheduler_output)
+
+    # ---- sleep, and new weights for the drafter ----
+
+    def sleep(self, level: int = 1) -> None:
+        super().sleep(level)
+        discards = self.model_config.enable_sleep_mode or self.model_config.enable_cumem_allocator
+        kept = self._sleep_saved_parameters  # sleep_preserve_parameter_names
+        names = (f"draft.{name}" for name, _ in self.speculator.model.named_parameters())
+        self.drafter_is_lost = level == 2 and discards and not all(name in kept for name in names)
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        super().wake_up(tags)
+        if self.drafter_is_lost and (tags is None or "weights" in tags):
+            self.drafter_is_lost = False
+            with set_current_vllm_config(self.vllm_config):
+                self.speculator.read_again()
+
+    def _set_draft_weight_update_target(self) -> None:
+        super()._set_draft_weight_update_target()
+        engine = self.weight_transfer_engine
+        self.received = ReceivedWeights()
+        engine.set_weight_update_target(self.received, engine.model_config)
+
+    def finish_weight_update(self) -> None:
+        super().finish_weight_update()
+        if self._weight_update_is_draft:
+            tensors = self.received.tensors
+            del self.received
+            with set_current_vllm_config(self.vllm_config):
+                self.speculator.replace_weights(tensors.items())
+
+    def easyspec_reload_drafter(self, model: str | None = None) -> None:
+        """Load the drafter's weights from the folder or hub name `model`, a drafter of the same shape, or again those
+        of the start. All or nothing: where they can't be used, the drafter keeps its present weights."""
+        with set_current_vllm_config(self.vllm_config):
+            self.speculator.read_again(model)
+
+    # ---- RPCs ----
 
     def easyspec_stats(self, reset: bool = False) -> dict[str, Any]:
         """Counters and times since the last reset, by rank."""

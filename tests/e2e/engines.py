@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm import LLM, SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
 
 ROOT = Path(__file__).parents[2]
 TARGET = ROOT / "examples" / "tiny-pair" / "target"
@@ -48,10 +49,10 @@ def token_ids(llm: LLM, prompts: list[str], params: Any) -> list[list[int]]:
     return [list(out.outputs[0].token_ids) for out in llm.generate(prompts, params, use_tqdm=False)]
 
 
-def prompts_near_the_end(llm: LLM) -> list[dict]:
+def prompts_near_the_end(llm: LLM | AsyncLLM) -> list[dict]:
     """Prompts that leave from 1 to 16 tokens before the engine's longest sequence."""
     ids = [token for prompt in mixed_prompts() for token in llm.get_tokenizer()(prompt)["input_ids"]]
-    longest = llm.llm_engine.vllm_config.model_config.max_model_len
+    longest = llm.model_config.max_model_len
     return [{"prompt_token_ids": ids[: longest - room]} for room in (1, 2, 3, 5, 7, 16)]
 
 
@@ -67,22 +68,24 @@ def answers(llm: LLM, changes: dict) -> list[tuple]:
     return found
 
 
+ENGINE: dict[str, Any] = dict(  # small pages, and float32 so that greedy outputs can be compared token for token
+    dtype="float32",
+    max_model_len=384,
+    max_num_seqs=16,
+    max_num_batched_tokens=192,
+    block_size=32,
+    num_gpu_blocks_override=72,
+    kv_cache_memory_bytes=1 << 28,
+    enforce_eager=True,
+    disable_log_stats=False,
+)
+
+
 @contextmanager
 def engine(model: Path = TARGET, **arguments: Any) -> Iterator[LLM]:
-    """An offline engine with small pages, in float32 so that greedy outputs can be compared token for token."""
-    defaults: dict[str, Any] = dict(
-        dtype="float32",
-        max_model_len=384,
-        max_num_seqs=16,
-        max_num_batched_tokens=192,
-        block_size=32,
-        num_gpu_blocks_override=72,
-        kv_cache_memory_bytes=1 << 28,
-        enforce_eager=True,
-        disable_log_stats=False,
-    )
+    """An offline engine."""
     elsewhere = json.loads(os.environ.get("EASYSPEC_TEST_ENGINE", "{}"))  # what a GPU needs: tools/gpu_check.py
-    llm = LLM(str(model), **(defaults | elsewhere | arguments))
+    llm = LLM(str(model), **(ENGINE | elsewhere | arguments))
     try:
         yield llm
     finally:

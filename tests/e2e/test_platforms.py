@@ -1,4 +1,4 @@
-"""Async scheduling, adaptive verification and Ray, which a CPU in vLLM lacks: by a platform plugin of the tests."""
+"""Async scheduling, adaptive verification, Ray and sleep mode, which vLLM lacks on a CPU, by a plugin of the tests."""
 
 import json
 import os
@@ -19,9 +19,13 @@ def expected(target_alone) -> list[list[int]]:
 
 
 def run_engine(platform: str, fields: dict | None = None, **arguments) -> dict:
+    return in_a_process(platform, "one_engine.py", json.dumps(arguments), json.dumps(fields or {}))
+
+
+def in_a_process(platform: str, script: str, *arguments: str) -> dict:
     paths = [str(HERE / "platforms"), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"EASYSPEC_TEST_PLATFORM": platform, "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, str(HERE / "one_engine.py"), json.dumps(arguments), json.dumps(fields or {})]
+    command = [sys.executable, str(HERE / script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -76,3 +80,16 @@ def test_ray(expected, ray_head):
     found = run_engine("ray", tensor_parallel_size=2, distributed_executor_backend="ray")
     assert found["executor"] == "ray"
     check(found, expected)
+
+
+def test_sleep_and_wake_up(expected):
+    """With an allocator that pretends (`simulated_sleep.py`): the drafter and its maps are whole again afterwards."""
+    found = in_a_process("sleeping", "sleeping_engine.py")
+    for level in ("level 1", "level 2"):
+        assert {"wqkv", "embed_tokens.weight", "lookahead.attention_1_up"} <= set(found[level]["lost"]), "were asleep"
+    for what, seen in found.items():
+        assert seen["greedy"] == expected, what
+        assert len(seen["audited"]) > 8, what
+        assert max(request["largest_difference"] for request in seen["audited"]) < AUDIT_LIMIT, what
+        if "kept" not in what:
+            assert seen["accepted_at"] == found["awake"]["accepted_at"], what

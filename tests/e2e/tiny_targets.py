@@ -125,9 +125,9 @@ def _write_quantized(
     return _write(folder, config | {"quantization_config": quantization}, tensors)
 
 
-def nudged(folder: Path) -> Path:
-    """The target with other weights: what a later step of training might give."""
-    config, tensors = _read(TARGET)
+def nudged(folder: Path, like: Path = TARGET) -> Path:
+    """The same model with other weights: what a later step of training might give."""
+    config, tensors = _read(like)
     generator = torch.Generator().manual_seed(2)
     changed = {name: tensor + _noise(tensor, 0.2, generator) for name, tensor in tensors.items()}
     return _write(folder, config, changed)

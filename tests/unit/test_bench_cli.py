@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 from tiny_models import CONFIGS, DRAFTER, HF_CONFIGS, TARGET, easyspec
+from vllm.engine.arg_utils import EngineArgs
 
 from vllm_easyspec.bench import BenchmarkError, engine, plot, results
 from vllm_easyspec.bench.engine import Measured, Workload, visiting_order
+from vllm_easyspec.bench.llm import Engine
 from vllm_easyspec.bench.serving import Answer, Level
 from vllm_easyspec.cli import main
 from vllm_easyspec.config import EasySpecConfig
+from vllm_easyspec.errors import ConfigError
 
 TINY = str(CONFIGS / "tiny-pair.yaml")
 
@@ -263,3 +266,8 @@ def test_paths_below_the_current_folder_are_told_from_there(monkeypatch, tmp_pat
 def test_command_as_a_shell_takes_it(monkeypatch, program, name):
     monkeypatch.setattr("sys.argv", [str(results.ROOT / program), "bench", "--config", "a b.yaml"])
     assert results.surroundings()["command"] == f"{name} bench --config 'a b.yaml'"
+
+
+def test_several_engines_are_not_measured_at_once():
+    with pytest.raises(ConfigError, match="data_parallel_size=2 is not allowed here: .*Remove it"):
+        Engine(EngineArgs(model=str(TARGET), data_parallel_size=2))

@@ -34,13 +34,11 @@ def changed(config, path, value):
 
 REFUSED = {
     "parallel_config.pipeline_parallel_size": (2, "pipeline_parallel_size=2 .*Use --tensor-parallel-size"),
-    "parallel_config.data_parallel_size": (2, "data_parallel_size=2 .*Start one engine per replica"),
     "parallel_config.decode_context_parallel_size": (2, "decode_context_parallel_size=2 .*Remove it"),
     "parallel_config.prefill_context_parallel_size": (2, "prefill_context_parallel_size=2 .*Remove it"),
     "cache_config.kv_offloading_size": (1.0, "kv_offloading_size=1.0 .*Remove it"),
     "cache_config.cache_dtype": ("fp8", "kv_cache_dtype='fp8' .*--kv-cache-dtype auto"),
     "parallel_config.enable_dbo": (True, "enable_dbo=True .*Remove it"),
-    "model_config.enable_sleep_mode": (True, "enable_sleep_mode=True .*Remove it"),
 }
 
 
@@ -50,6 +48,15 @@ def test_refused_by_name(plain, path):
     with pytest.raises(ConfigError, match=message) as error:
         support.check_engine(changed(plain, path, value))
     assert "is not supported with method: easyspec" in str(error.value)
+
+
+def test_data_parallelism_is_for_dense_targets(plain, monkeypatch):
+    several = changed(plain, "parallel_config.data_parallel_size", 2)
+    support.check_engine(several)
+    monkeypatch.setattr(type(plain.model_config), "is_moe", True)
+    support.check_engine(plain)
+    with pytest.raises(ConfigError, match="data_parallel_size=2 is not supported .*Start one engine per replica"):
+        support.check_engine(several)
 
 
 def test_connectors_are_refused(plain):
@@ -127,7 +134,7 @@ def test_vllm_itself_refuses_watermarks():
 @pytest.mark.parametrize("kind", ["is_hybrid", "is_attention_free", "is_encoder_decoder"])
 def test_targets_with_cache_groups_of_their_own_are_refused(plain, kind):
     kinds = {"is_hybrid": False, "is_attention_free": False, "is_encoder_decoder": False, kind: True}
-    model = SimpleNamespace(model="some/target", enable_sleep_mode=False, **kinds)
+    model = SimpleNamespace(model="some/target", **kinds)
     config = changed(plain, "cache_config", plain.cache_config)
     refusals = [refusal for refusal in support.REFUSALS if refusal.setting == "model"]
     stand_in = SimpleNamespace(model_config=model, cache_config=config.cache_config)

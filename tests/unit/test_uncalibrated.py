@@ -131,9 +131,10 @@ class Engine:
                 assert known or self.uncalibrated.marks[block], (request, position)
 
 
+@pytest.mark.parametrize("new_weights", [False, True])
 @pytest.mark.parametrize("budget", [4, 12, 1000])
 @pytest.mark.parametrize("seed", range(12))
-def test_a_block_without_a_mark_is_precise(seed, budget):
+def test_a_block_without_a_mark_is_precise(seed, budget, new_weights):
     engine = Engine(seed)
     pause, reads = False, 0
     for _ in range(120):
@@ -143,6 +144,9 @@ def test_a_block_without_a_mark_is_precise(seed, budget):
             engine.finish(engine.rng.choice(engine.requests))
         if engine.rng.random() < 0.2:
             pause = not pause
+        if new_weights and engine.rng.random() < 0.05:
+            engine.precise.clear()
+            engine.uncalibrated.mark_all()
         spans = engine.step(pause, budget)
         reads += len(spans)
         assert sum(span.end - span.begin for span in spans) <= max(budget, BLOCK_SIZE)

@@ -15,6 +15,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from vllm_easyspec.compat import OMP_BINDING, cpu_lists, usable_cpus
+from vllm_easyspec.errors import ConfigError
 
 MULTIPROCESSING = "VLLM_ENABLE_V1_MULTIPROCESSING"
 
@@ -30,8 +31,13 @@ class Engine:
     ):
         """in_process: whether the engine runs in this process; by default as the environment tells vLLM.
 
-        usage_context: vLLM's defaults for batches depend on it.
+        usage_context: vLLM's defaults for batches depend on it. Raises `ConfigError` for several engines.
         """
+        if engine_args.data_parallel_size > 1:
+            raise ConfigError(
+                f"data_parallel_size={engine_args.data_parallel_size} is not allowed here: a command measures one "
+                "engine, and those of data parallelism are independent of each other. Remove it"
+            )
         self.in_process = not envs.VLLM_ENABLE_V1_MULTIPROCESSING if in_process is None else in_process
         saved = os.environ.get(MULTIPROCESSING)
         os.environ[MULTIPROCESSING] = "0" if self.in_process else "1"

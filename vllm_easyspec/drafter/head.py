@@ -37,6 +37,10 @@ class DraftHead(nn.Module):
         rows = matrix if self.checkpoint_rows is None else matrix[list(self.checkpoint_rows)]
         self.lm_head.weight_loader(self.lm_head.weight, rows)
 
+    def refresh(self) -> None:
+        """Compute with the weights as they are now: on a CPU, vLLM's product reads a packed copy."""
+        self.lm_head.quant_method.process_weights_after_loading(self.lm_head)
+
     def quantize(self, quantization: str) -> None:
         """Compute with quantized weights from now on, which the embedding doesn't share. After loading."""
         quantize_head(self.lm_head, quantization)

@@ -20,6 +20,7 @@ from vllm.distributed import (
 )
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_easyspec.config import RuntimeOptions
 from vllm_easyspec.drafter.architectures import DrafterShape
@@ -30,7 +31,7 @@ from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.drafter.quantization import prepared
 from vllm_easyspec.drafter.quantized_checkpoint import decompressed
 from vllm_easyspec.drafter.weights import load_drafter_weights
-from vllm_easyspec.lookahead import GroupLookahead, LookaheadMaps
+from vllm_easyspec.lookahead import GroupLookahead, LookaheadFile, LookaheadMaps
 from vllm_easyspec.metrics import PassCounters
 from vllm_easyspec.ops import (
     embed_shard,
@@ -41,6 +42,7 @@ from vllm_easyspec.ops import (
     rotate_and_store,
     sum_of_mlps,
 )
+from vllm_easyspec.rank_check import first_problem
 from vllm_easyspec.support import draft_vocabulary
 
 MATRICES = ("wqkv", "wo", "w_gate_up", "w_down")  # of `LayerParallelDrafter`
@@ -107,10 +109,8 @@ class LayerParallelDrafter(nn.Module):
         # For fitting maps: called with each group, its input and its attentions' outputs, `[group, tokens, hidden]`.
         self.observer: Callable[[range, torch.Tensor, torch.Tensor], None] | None = None
 
-        self.embed_tokens = VocabParallelEmbedding(shape.vocab_size, shape.hidden_size, prefix=f"{prefix}.embed_tokens")
-        vocabulary = draft_vocabulary(vllm_config, options, shape)
-        self.head = DraftHead(shape, self.embed_tokens, vocabulary, prefix=f"{prefix}.lm_head")
-        self.vocab_size = self.head.vocab_size  # ids that the drafter takes and gives, all of them the target's
+        self.prefix = prefix
+        self.vocabulary = vocabulary = draft_vocabulary(vllm_config, options, shape)
         inputs = None if vocabulary is None or vocabulary.inputs is None else torch.tensor(vocabulary.inputs)
         self.register_buffer("own_ids", inputs, persistent=False)
         self.rotary = get_rope(
@@ -134,10 +134,14 @@ class LayerParallelDrafter(nn.Module):
             for layer in self.local_layers
         )
         self._create_weights()
+        self.vocab_size = self.head.vocab_size  # ids that the drafter takes and gives, all of them the target's
 
     def _create_weights(self) -> None:
-        """Stacked weights; matrices are stored input-major (`x @ w`)."""
+        """Stacked weights, embedding and head; matrices are stored input-major (`x @ w`)."""
         shape, local, all_layers = self.shape, len(self.local_layers), self.shape.num_layers
+        name = f"{self.prefix}.embed_tokens"
+        self.embed_tokens = VocabParallelEmbedding(shape.vocab_size, shape.hidden_size, prefix=name)
+        self.head = DraftHead(shape, self.embed_tokens, self.vocabulary, prefix=f"{self.prefix}.lm_head")
         hidden, qkv = shape.hidden_size, shape.q_size + 2 * shape.kv_size
         self.mlp_shard = self.mlp.shard(shape.intermediate_size, self.rank, self.num_ranks)
         width = len(self.mlp_shard)
@@ -175,6 +179,43 @@ class LayerParallelDrafter(nn.Module):
         if self.checkpoint_quantization is not None:
             weights = decompressed(weights, self.checkpoint_quantization)
         return load_drafter_weights(self, weights)
+
+    def read_maps(self, file: LookaheadFile) -> None:
+        """Load look-ahead maps, at the same addresses if there are some already."""
+        maps = LookaheadMaps.load(file, self.placement, self.rank, self.final_norm)
+        if self.lookahead is None:
+            self.lookahead = maps
+        else:
+            self.lookahead.load_state_dict(maps.state_dict())
+
+    def replace_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take these weights, as an unquantized checkpoint has them, in place of the present ones: all or nothing, on
+        all ranks together, and at the same addresses, which CUDA graphs hold.
+
+        Meanwhile there is memory for both. Raises ValueError, and changes nothing, where a rank can't use them.
+        """
+        present = dict(self.named_parameters())
+        stacks = dict(self.named_parameters(recurse=False))
+        embed_tokens, head = self.embed_tokens, self.head
+        cause = None
+        try:
+            with set_default_torch_dtype(self.dtype), self.final_norm.device:
+                self._create_weights()
+            load_drafter_weights(self, weights)
+            self.prepare_weights()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks wait for this one
+            cause = error
+        finally:
+            loaded = dict(self.named_parameters())
+            self.embed_tokens, self.head = embed_tokens, head
+            for name, parameter in stacks.items():
+                setattr(self, name, parameter)
+        problem = first_problem(None if cause is None else str(cause))
+        if problem is not None:
+            raise ValueError(f"the drafter keeps its present weights: {problem}") from cause
+        for name, parameter in present.items():
+            parameter.data.copy_(loaded[name])
+        self.head.refresh()
 
     def forward(
         self,

@@ -54,6 +54,9 @@ class _QuantizedHead(UnquantizedEmbeddingMethod):
     def __init__(self, tokens: int):
         self.tokens = tokens
 
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Do nothing: there is no copy."""
+
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """`[rows, hidden]` to `[rows, tokens]`."""
         own = bias if bias is None else bias.unsqueeze(0)

@@ -35,8 +35,15 @@ class RayCpuPlatform(CpuPlatform):
     ray_device_key = RAY_RESOURCE
 
 
+class SleepingCpuPlatform(CpuPlatform):
+    """A CPU on which sleep mode is allowed: `simulated_sleep.py`."""
+
+    def is_sleep_mode_available(self) -> bool:
+        return True
+
+
 def activate() -> str | None:
-    """Named by EASYSPEC_TEST_PLATFORM: async, adaptive or ray."""
+    """Named by EASYSPEC_TEST_PLATFORM: async, adaptive, ray or sleeping."""
     import os
 
     kind = os.environ.get("EASYSPEC_TEST_PLATFORM")
