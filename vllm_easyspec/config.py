@@ -386,8 +386,8 @@ class EasySpecConfig(RuntimeOptions):
         description="true (greedy drafts are found on each rank's part of the vocabulary, two numbers per rank) or "
         "false (logits are gathered); left out, true with greedy drafts and without adaptive verification",
     )
-    enable_adaptive_verification: bool = Field(
-        default=False,
+    enable_adaptive_verification: bool | None = Field(
+        default=None,
         description="true (each step verifies only the drafts of all requests that are worth their cost, by vLLM's "
         "estimate of each draft's acceptance; needs CUDA graphs) or false (every draft is verified)",
     )

@@ -176,14 +176,14 @@ def test_pause_and_resume(serving, target_alone, mode, clear_cache):
 
 def test_reset_prefix_cache(serving, target_alone):
     """Also under running requests, which begin again."""
-    running = serving.ask(mixed_prompts(), 60)
+    running = serving.ask(mixed_prompts(), 180)
     serving.after_rounds(4)
     assert serving.run(serving.llm.reset_prefix_cache(reset_running_requests=True))
     serving.after_rounds(2)
     serving.pause("keep", clear_cache=False)
     assert_precise(serving.audit())
     serving.resume()
-    assert serving.answers(running) == target_alone[60]
+    assert serving.answers(running) == target_alone[180]
 
 
 def transfer(serving: Serving, folder: Path, draft: bool) -> None:

@@ -180,7 +180,6 @@ def test_to_vllm_passes_vllms_fields_and_keeps_ours_apart():
         "num_speculative_tokens_per_batch_size": [[1, 8, 4], [9, 64, 2]],
         "draft_tensor_parallel_size": 1,
         "use_local_argmax_reduction": True,
-        "enable_adaptive_verification": False,
     }
     assert options == {
         "layer_parallel": {**PLAN, "mlp": "auto"},
