@@ -86,6 +86,7 @@ def parts() -> dict[str, tuple[str, str]]:
         "k-by-batch-size": by_size | {"pauses": True},
         "plans-by-batch-size": tables,
         "lookahead": {"lookahead": str(ROOT / "examples" / "tiny-pair" / "lookahead.safetensors")},
+        "adaptive-verification": {"enable_adaptive_verification": True},
         "quantized": {"quantization": "int8_per_channel_weight_only", "draft_vocabulary": 256},
     }
     pair, shapes = ROOT / "examples" / "tiny-pair", ROOT / "tests" / "fixtures" / "hf_configs"
