@@ -6,6 +6,7 @@ vLLM loads it with every server; without easyspec it does nothing.
 import json
 import socket
 from functools import cache
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -113,6 +114,12 @@ def _bound(path: str) -> socket.socket | None:
     """None if another API server of this engine reads the reports already."""
     reader = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     reader.setblocking(False)
+    try:
+        reader.connect(path)  # succeeds if somebody reads there
+    except FileNotFoundError:
+        pass
+    except ConnectionRefusedError:  # left by an engine that has ended
+        Path(path).unlink(missing_ok=True)
     try:
         reader.bind(path)
     except OSError:

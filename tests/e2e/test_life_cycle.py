@@ -2,7 +2,6 @@
 weights for the drafter. Answers stay the target's, pages precise, and drafts are accepted as before."""
 
 import asyncio
-import os
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,6 @@ from transformers import AutoModelForCausalLM
 from vllm import AsyncEngineArgs
 from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 from vllm.v1.engine.async_llm import AsyncLLM
-
-from vllm_easyspec import round_reports
 
 pytestmark = pytest.mark.engine
 RANKS = 2
@@ -102,8 +99,6 @@ def serving() -> Iterator[Serving]:
         worker_extension_cls=f"{file_transfer.__name__}.{file_transfer.Extension.__name__}",
         **ENGINE | {"max_num_batched_tokens": 512},  # so much of an old prefix is read again in one round
     )
-    # Sockets of earlier engines of this process, which are still bound, would keep the names of these.
-    os.environ.pop(round_reports.FOLDER, None)
     loop = asyncio.new_event_loop()
 
     async def start() -> AsyncLLM:

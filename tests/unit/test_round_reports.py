@@ -1,6 +1,7 @@
 """Rounds reach the metrics: from a worker's counters through a real socket to Prometheus' text."""
 
 import re
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,6 +92,12 @@ def test_other_engines_have_no_metrics(folder):
 def test_a_second_api_server_leaves_the_reports_to_the_first(folder):
     first, second = (EasySpecStatLogger(config(**{OPTIONS_KEY: {}})) for _ in range(2))
     assert first.socket is not None and second.socket is None
+
+
+def test_a_socket_that_an_ended_engine_left_is_replaced(folder):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ended:
+        ended.bind(round_reports.address(0))
+    assert EasySpecStatLogger(config(**{OPTIONS_KEY: {}})).socket is not None
 
 
 def test_the_docs_name_every_series(folder):
