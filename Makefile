@@ -1,5 +1,5 @@
-# make install | demo | tune | test | bench | soak | gpu-check | gpu-rehearsal | lint | format | clean. Each does the set-up
-# first where missing.
+# make install | demo | tune | test | bench | soak | gpu-check | gpu-rehearsal | lint | format | clean. Each does the
+# set-up first where missing.
 #
 # TARGET       cuda or cpu; by default cuda if nvidia-smi lists a GPU
 # TORCH_INDEX  PyTorch's CPU wheel index, for a CPU host whose pip does not know one

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 
 
@@ -38,6 +39,18 @@ class Server:
             api_key="none",
             max_retries=0,
             http_client=openai.DefaultHttpxClient(trust_env=False),
+        )
+
+    def async_client(self) -> openai.AsyncOpenAI:
+        """The same for many requests at once, with a new connection for each: the server closes one that was idle for
+        five seconds, perhaps just when it is used again."""
+        return openai.AsyncOpenAI(
+            base_url=f"http://127.0.0.1:{self.port}/v1",
+            api_key="none",
+            max_retries=0,
+            http_client=openai.DefaultAsyncHttpxClient(
+                trust_env=False, limits=httpx.Limits(max_keepalive_connections=0)
+            ),
         )
 
     def get(self, path: str) -> str:

@@ -21,7 +21,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import psutil
 
@@ -53,7 +52,6 @@ ENGINE += ["--block-size", "32", "--num-gpu-blocks-override", "70", "--kv-cache-
 ENGINE += ["--enforce-eager", "--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}']
 WAVES, WIDTHS = 20, (1, 0.25, 0.1, 0.5)  # of clients, as shares of the highest concurrency
 PROMPTS, PREFIX = 120, "import os\nimport sys\n\n\ndef main(argv=None):\n    parser = argparse.ArgumentParser()\n" * 3
-NO_REUSE = httpx.Limits(max_keepalive_connections=0)
 AUDIT_LIMIT = 1e-4
 GROWTH, SLACK = 1.02, 8 << 20  # of a process's memory from the third quarter of the run to the last
 LEAST_KEPT = 0.9  # of the acceptance of the first half, in the second
@@ -128,15 +126,7 @@ def greedy_requests(folder: Path) -> tuple[list[tuple[str, int]], list[list[int]
 async def soak(server: Server, count: int, concurrency: int, state: Soak, drafts: bool) -> dict[str, Any]:
     """Send `count` requests, up to `concurrency` at a time. drafts: the server speculates."""
     rng = random.Random(1)
-    client = openai.AsyncOpenAI(
-        base_url=f"http://127.0.0.1:{server.port}/v1",
-        api_key="none",
-        max_retries=0,
-        timeout=600,
-        # A new connection for each request: the server closes one that was idle for five seconds, perhaps just when it
-        # is used again.
-        http_client=openai.DefaultAsyncHttpxClient(trust_env=False, limits=NO_REUSE),
-    )
+    client = server.async_client()
     memory: list[dict[str, int]] = []  # by process, over time
     acceptance: list[tuple[float, float]] = []  # drafts and accepted tokens at the start, the middle and the end
     began = time.monotonic()

@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.attn_utils import AttentionCGSupportInfo
@@ -18,6 +17,7 @@ from vllm_easyspec.batch import DraftBatch, DraftBounds
 from vllm_easyspec.drafter.plan import DraftPlan
 from vllm_easyspec.drafter.xformers_attention import is_chosen as is_xformers
 from vllm_easyspec.metrics import PassCounters
+from vllm_easyspec.rank_check import first_problem
 from vllm_easyspec.settings import DraftSettings
 
 logger = init_logger("vllm.easyspec")
@@ -158,9 +158,7 @@ def open_graphs(
     elif not refreshes_metadata:
         reason = "the attention backend can't refresh its metadata on the device"
     # Graphs contain collectives, so all ranks capture or none; a rank without a drafter layer has no backend to ask.
-    reasons: list[str | None] = [None] * get_tp_group().world_size
-    torch.distributed.all_gather_object(reasons, reason, group=get_tp_group().cpu_group)
-    objection = next(filter(None, reasons), None)
+    objection = first_problem(reason)
     if objection is None:
         return DraftGraphs(vllm_config, device, CUDAGraphMode.FULL_DECODE_ONLY)
     logger.info_once("easyspec: the drafter runs without CUDA graphs, since %s.", objection)

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 FOLDER = "EASYSPEC_ROUND_REPORTS"  # of the environment: a folder with a socket for each engine
 SECONDS = 1.0  # between two reports
 COUNTERS = ("paused_rounds", "caught_up_tokens", "eager_rounds", "replays")
-WARNINGS = ("low_acceptance", "not_finite")
 
 
 def make_folder() -> None:
@@ -70,7 +69,7 @@ class RoundReporter:
         self.counted = counts
         return {
             "stage_seconds": statistics.clock.take_finished(),
-            "counters": {name: new[name] for name in (*COUNTERS, *WARNINGS) if name in new},
+            "counters": {name: count for name, count in new.items() if isinstance(name, str)},
             "rounds": [
                 [num_drafts, plan.scope, plan.grouping, new[num_drafts, plan]]
                 for num_drafts, plan in statistics.rounds_by_plan

@@ -36,7 +36,7 @@ def _platform_worker() -> type:
 class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
     """One rank's worker. Its `easyspec_...` methods are RPCs, which raise ValueError for unusable arguments."""
 
-    received: ReceivedWeights  # of the drafter's update, between its start and its end
+    received: ReceivedWeights | None = None  # of the drafter's update, between its start and its end
     drafter_is_lost = False  # asleep, without a copy of the drafter's weights
 
     @property
@@ -94,10 +94,10 @@ class SpeculativeWorker(_platform_worker()):  # type: ignore[misc]
     def finish_weight_update(self) -> None:
         super().finish_weight_update()
         if self._weight_update_is_draft:
-            tensors = self.received.tensors
-            del self.received
+            received, self.received = self.received, None
+            assert received is not None
             with set_current_vllm_config(self.vllm_config):
-                self.speculator.replace_weights(tensors.items())
+                self.speculator.replace_weights(received.tensors.items())
 
     def easyspec_reload_drafter(self, model: str | None = None) -> None:
         """Load the drafter's weights from the folder or hub name `model`, a drafter of the same shape, or again those

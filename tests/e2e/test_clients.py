@@ -169,12 +169,7 @@ async def ask_at_once(server: Any) -> list[str]:
         )
         return "".join([chunk.choices[0].text async for chunk in stream])
 
-    async with openai.AsyncOpenAI(
-        base_url=f"http://127.0.0.1:{server.port}/v1",
-        api_key="none",
-        max_retries=0,
-        http_client=openai.DefaultAsyncHttpxClient(trust_env=False),
-    ) as client:
+    async with server.async_client() as client:
         return await asyncio.gather(*(one(client, index) for index in range(64)))
 
 

@@ -19,7 +19,7 @@ from reference import DenseRequest
 from transformers import AutoModelForCausalLM
 
 from vllm_easyspec.audit import _page_difference
-from vllm_easyspec.batch import DraftBatch
+from vllm_easyspec.batch import DraftBatch, DraftBounds
 from vllm_easyspec.drafter.plan import DraftPlan, PlanTable
 from vllm_easyspec.engineless import EnginelessDrafter
 from vllm_easyspec.ranks import run_ranks
@@ -70,7 +70,7 @@ class Simulation:
 
     def __init__(self, drafter: EnginelessDrafter, reference: torch.nn.Module):
         self.drafter, self.runtime, self.reference = drafter, drafter.runtime, reference
-        self.runtime.bounds = type(self.runtime.bounds)(K, MAX_LEN, False)
+        self.runtime.bounds = DraftBounds(K, MAX_LEN, graphs_test_room=False)
         self.runtime.loop.calibration.max_len = self.runtime.uncalibrated.max_len = MAX_LEN
         self.runtime.uncalibrated.marks.zero_()
         self.runtime.uncalibrated.any = False
